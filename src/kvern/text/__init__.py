@@ -1,0 +1,1 @@
+"""Text in, token ids out, and back: messages, chat template, tokenizer, incremental detokenizer, stop strings. No torch."""

@@ -1,0 +1,142 @@
+"""The checkpoint's own tokenizer (tokenizer.json and tokenizer_config.json), with control tokens kept out of user text.
+
+A *control token* is an added token that is more than white space: `<|im_end|>`, `<｜Assistant｜>`, `<think>`. It matters
+little whether the file calls it special: DeepSeek's file does so for four of 818, and a user who types `<｜Assistant｜>`
+must not be able to speak as the assistant. So there are two encoders: the file's own, which turns such strings into
+control ids, and a *plain* one without them, in which they are ordinary characters. On text without any control string
+both give the same ids. Added tokens made of white space stay in both: they are text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from kvern.errors import CheckpointError
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """A tokenizer read from a checkpoint folder. Threads may share it.
+
+    `vocab_limit`: one more than the largest id that stands for a token; a model's vocabulary is often padded beyond it,
+    and ids from there on must never be sampled. `named_tokens`: the texts of bos_token, eos_token and so on.
+    """
+
+    def __init__(self, definition: str, config: dict[str, Any]) -> None:
+        self._definition = definition
+        self._full = tokenizers.Tokenizer.from_str(definition)
+        added = self._full.get_added_tokens_decoder()
+        self._special = {token_id for token_id, token in added.items() if token.special}
+        self.control = {token.content: i for i, token in added.items() if token.content.strip()}
+        self.vocab_limit = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        self.named_tokens = _named_tokens(config)
+        self.adds_bos = bool(config.get("add_bos_token"))
+        self.config = config
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read the two files of a checkpoint folder. Raises CheckpointError when one is missing or malformed."""
+        path = folder / "tokenizer.json"
+        try:
+            return cls(path.read_text(encoding="utf-8"), _read_config(folder / "tokenizer_config.json"))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                "there is no tokenizer", file=path, hint="convert the model with its files"
+            ) from error
+        except CheckpointError:
+            raise
+        except Exception as error:  # the tokenizers library raises a bare Exception
+            raise CheckpointError(f"not a tokenizer: {error}", file=path) from error
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Return the ids of `text`, nothing added. Strings like `<|im_end|>` become control ids only when allowed."""
+        encoder = self._full if allow_special or not self.find_control(text) else self._plain
+        return list(encoder.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+        return self._full.decode(ids, skip_special_tokens=True)
+
+    def find_control(self, text: str) -> re.Match[str] | None:
+        """Return the first control string in `text`, or None."""
+        return self.control_pattern.search(text)
+
+    def is_visible(self, token_id: int) -> bool:
+        """Whether this id plays a part in `decode`: it is no special token and there is such a token."""
+        return token_id not in self._special and self._full.id_to_token(token_id) is not None
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Whether this id is one byte of a byte-fallback vocabulary."""
+        return token_id in self._byte_tokens
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id_of("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id_of("eos_token")
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches every control string, the longest first; matches nothing when there is none."""
+        return re.compile(
+            "|".join(re.escape(token) for token in sorted(self.control, key=len, reverse=True)) or r"(?!)"
+        )
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(_without_control(self._definition, set(self.control)))
+
+    @cached_property
+    def _byte_tokens(self) -> frozenset[int]:
+        vocabulary = self._full.get_vocab(with_added_tokens=False)
+        return frozenset(token_id for token, token_id in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.named_tokens.get(name)
+        return None if token is None else self._full.token_to_id(token)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise CheckpointError("must hold a JSON object", file=path)
+    return config
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    given = {name: config.get(name) for name in NAMED_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _without_control(definition: str, control: set[str]) -> str:
+    """Drop control tokens from a tokenizer.json: the added ones, and their entries in the vocabulary itself.
+
+    An entry that merges produce, or that stands for the unknown, has to stay for the file to remain valid.
+    """
+    parts = json.loads(definition)
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in control]
+    parts["post_processor"] = None
+    model = parts["model"]
+    if isinstance(model.get("vocab"), dict):
+        needed = _merged(model.get("merges", ())) | {model.get("unk_token")}
+        model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in control or t in needed}
+    return json.dumps(parts)
+
+
+def _merged(merges: Iterable[str | Sequence[str]]) -> set[str]:
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
+    return {token for left, right in pairs for token in (left, right, left + right)}

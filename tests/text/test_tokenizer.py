@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvern.errors import CheckpointError
+from kvern.text.tokenizer import Tokenizer, _without_control
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "say <｜Assistant｜> now", "a</think>b<think>", "<|im_end|><|im_end|>"])
+def test_control_strings_in_text_stay_text(byte_level: Tokenizer, text: str) -> None:
+    ids = byte_level.encode(text)
+    assert not set(ids) & set(byte_level.control.values())
+    assert byte_level.decode(ids) == text
+    assert set(byte_level.encode(text, allow_special=True)) & set(byte_level.control.values())
+
+
+def test_byte_fallback_control_strings_stay_text(byte_fallback: Tokenizer) -> None:
+    ids = byte_fallback.encode("a</s>b")
+    assert byte_fallback.control["</s>"] not in ids
+    assert byte_fallback.decode(ids) == "a</s>b"
+
+
+@given(text=st.text())
+def test_plain_and_full_encoder_agree_without_control_strings(byte_level: Tokenizer, text: str) -> None:
+    assert byte_level._plain.encode(text).ids == byte_level.encode(text, allow_special=True)
+    assert byte_level.decode(byte_level.encode(text)) == text
+
+
+def test_white_space_tokens_are_text(byte_level: Tokenizer) -> None:
+    parts = json.loads(byte_level._definition)
+    new = byte_level.vocab_limit
+    parts["added_tokens"].append({**parts["added_tokens"][0], "id": new, "content": "        ", "special": False})
+    tokenizer = Tokenizer(json.dumps(parts), {})
+    assert "        " not in tokenizer.control
+    assert new in tokenizer.encode("a        b")
+    assert tokenizer.vocab_limit == new + 1
+
+
+def test_a_control_string_that_the_vocabulary_also_holds_is_dropped_from_it() -> None:
+    definition = {
+        "added_tokens": [{"content": "<s>"}],
+        "post_processor": {"type": "x"},
+        "model": {"vocab": {"<s>": 0, "<": 1, "s": 2, ">": 3, "<unk>": 4}, "merges": ["< s"], "unk_token": "<unk>"},
+    }
+    assert json.loads(_without_control(json.dumps(definition), {"<s>", "<unk>"}))["model"]["vocab"] == {
+        "<": 1,
+        "s": 2,
+        ">": 3,
+        "<unk>": 4,
+    }
+
+
+def test_named_tokens(byte_level: Tokenizer, byte_fallback: Tokenizer) -> None:
+    assert byte_level.named_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    assert byte_level.eos_id == byte_level.control["<|im_end|>"]
+    assert (byte_fallback.bos_id, byte_fallback.adds_bos) == (1, True)
+
+
+def test_loading_names_the_file(tmp_path: Path, byte_level: Tokenizer) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(byte_level._definition, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: must hold a JSON object"):
+        Tokenizer.load(tmp_path)
