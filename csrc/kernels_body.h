@@ -1,0 +1,239 @@
+// The kernels themselves, written once over an instruction set `V` that the including file defines (unnamed namespace:
+// see scalars.h). V gives
+//   width, rows, columns            numbers in a register; the tile of y that stays in registers in `multiply_tile`
+//   reg, zero, load, store, set1, mul, fma(a, b, c) = a * b + c, sum(a)
+//   decode(const T*, reg*)          kVecs registers of FP32 from kSmall<V> stored numbers, exactly; T = float, uint16_t
+//                                   (BF16), uint8_t (E4M3)
+//   store_bf16(uint16_t*, reg)      width numbers, round to nearest even
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "scalars.h"
+
+namespace {
+
+using kvern::Dequantize;
+using kvern::kBlock;
+using kvern::Linear;
+
+constexpr int kVecs = 4;           // registers filled by one decode step
+constexpr int64_t kTile = 1024;    // columns of W decoded at a time when several rows of x use them (fits L1)
+constexpr int64_t kTileRows = 32;  // rows of x that share one decoded tile
+constexpr int kDirect = 4;         // up to this many rows of x, weights are decoded straight into registers
+
+template <class V>
+constexpr int64_t kSmall = kVecs * V::width;
+
+template <class T>
+constexpr bool kScaled = sizeof(T) == 1;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Decodes `count` < kSmall stored numbers; the rest of the registers are zeros. Nothing past the row is read.
+template <class V, class T>
+inline void decode_rest(const T* stored, int64_t count, typename V::reg* out) {
+  T padded[kSmall<V>] = {};
+  std::memcpy(padded, stored, static_cast<size_t>(count) * sizeof(T));
+  V::decode(padded, out);
+}
+
+// acc[r][m] += W[r, begin:end] . x[m, begin:end]
+template <class V, class T, int R, int M>
+inline void accumulate(const T* const* rows, const float* x, int64_t x_stride, int64_t begin, int64_t end,
+                       typename V::reg (&acc)[R][M]) {
+  typename V::reg w[kVecs];
+  const auto multiply = [&](int r, int64_t at) {
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < kVecs; ++v) acc[r][m] = V::fma(w[v], V::load(x + m * x_stride + at + v * V::width), acc[r][m]);
+    }
+  };
+  int64_t at = begin;
+  for (; at + kSmall<V> <= end; at += kSmall<V>) {
+    for (int r = 0; r < R; ++r) {
+      V::decode(rows[r] + at, w);
+      multiply(r, at);
+    }
+  }
+  if (at == end) return;
+  for (int r = 0; r < R; ++r) {
+    decode_rest<V>(rows[r] + at, end - at, w);
+    multiply(r, at);
+  }
+}
+
+inline float bias_of(const Linear& task, int64_t column) {
+  return task.bias ? read_scalar(task.bias, task.bias_dtype, column) : 0.0f;
+}
+
+// R rows of W against M rows of x, everything in registers. R streams in flight hide the memory latency, and R * M
+// independent sums the latency of the FMA. The R rows lie in one scale block.
+template <class V, class T, int R, int M>
+void multiply_rows(const Linear& task, int64_t row, int64_t first_m) {
+  const T* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = static_cast<const T*>(task.weight) + (row + r) * task.weight_stride;
+  const float* x = task.x + first_m * task.x_stride;
+  typename V::reg total[R][M];
+  for (auto& line : total) {
+    for (auto& one : line) one = V::zero();
+  }
+  if constexpr (kScaled<T>) {
+    const float* scale = task.scale + row / kBlock * task.scale_stride;
+    for (int64_t k = 0; k < task.k; k += kBlock) {
+      typename V::reg part[R][M];
+      for (auto& line : part) {
+        for (auto& one : line) one = V::zero();
+      }
+      accumulate<V, T, R, M>(rows, x, task.x_stride, k, smaller(k + kBlock, task.k), part);
+      const auto factor = V::set1(scale[k / kBlock]);
+      for (int r = 0; r < R; ++r) {
+        for (int m = 0; m < M; ++m) total[r][m] = V::fma(part[r][m], factor, total[r][m]);
+      }
+    }
+  } else {
+    accumulate<V, T, R, M>(rows, x, task.x_stride, 0, task.k, total);
+  }
+  for (int r = 0; r < R; ++r) {
+    const float bias = bias_of(task, row + r);
+    for (int m = 0; m < M; ++m) {
+      write_scalar(task.y, task.y_dtype, (first_m + m) * task.n + row + r, V::sum(total[r][m]) + bias);
+    }
+  }
+}
+
+template <class V, class T, int M>
+void multiply_few(const Linear& task, int64_t begin, int64_t end) {
+  constexpr int R = M == 1 ? 4 : V::direct_rows;
+  int64_t row = begin;
+  for (; row + R <= end; row += R) {
+    // begin is a multiple of R, and R divides kBlock
+    multiply_rows<V, T, R, M>(task, row, 0);
+  }
+  for (; row < end; ++row) multiply_rows<V, T, 1, M>(task, row, 0);
+}
+
+// W[row, k : k + kTile] as FP32, scaled; zeros up to the next full step.
+template <class V, class T>
+void decode_tile(const Linear& task, int64_t row, int64_t k, int64_t end, float* tile) {
+  const T* stored = static_cast<const T*>(task.weight) + row * task.weight_stride;
+  typename V::reg w[kVecs];
+  for (int64_t at = k; at < end; at += kSmall<V>) {
+    if (at + kSmall<V> <= end) {
+      V::decode(stored + at, w);
+    } else {
+      decode_rest<V>(stored + at, end - at, w);
+    }
+    if constexpr (kScaled<T>) {
+      const auto factor = V::set1(task.scale[row / kBlock * task.scale_stride + at / kBlock]);
+      for (auto& one : w) one = V::mul(one, factor);
+    }
+    for (int v = 0; v < kVecs; ++v) V::store(tile + at - k + v * V::width, w[v]);
+  }
+}
+
+// sums[r][m] += tile[r] . x[m] over `size` columns (a multiple of kSmall), R x M sums in registers
+template <class V, int R, int M>
+inline void multiply_tile(const float* tile, const float* x, int64_t x_stride, int64_t size,
+                          float (*sums)[kTileRows]) {
+  typename V::reg acc[R][M];
+  for (auto& line : acc) {
+    for (auto& one : line) one = V::zero();
+  }
+  for (int64_t at = 0; at < size; at += V::width) {
+    typename V::reg w[R];
+    for (int r = 0; r < R; ++r) w[r] = V::load(tile + r * kTile + at);
+    for (int m = 0; m < M; ++m) {
+      const auto column = V::load(x + m * x_stride + at);
+      for (int r = 0; r < R; ++r) acc[r][m] = V::fma(w[r], column, acc[r][m]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) sums[r][m] += V::sum(acc[r][m]);
+  }
+}
+
+// Many rows of x: a tile of W is decoded once into L1 and used by up to kTileRows of them.
+template <class V, class T>
+void multiply_many(const Linear& task, int64_t begin, int64_t end) {
+  constexpr int R = V::tile_rows;
+  constexpr int M = V::tile_columns;
+  alignas(64) float tile[R * kTile] = {};
+  for (int64_t first_m = 0; first_m < task.m; first_m += kTileRows) {
+    const int64_t ms = smaller(kTileRows, task.m - first_m);
+    for (int64_t row = begin; row < end; row += R) {
+      const int64_t rows = smaller(R, end - row);
+      float sums[R][kTileRows] = {};
+      for (int64_t k = 0; k < task.k; k += kTile) {
+        const int64_t stop = smaller(k + kTile, task.k);
+        const int64_t size = (stop - k + kSmall<V> - 1) / kSmall<V> * kSmall<V>;
+        for (int64_t r = 0; r < rows; ++r) decode_tile<V, T>(task, row + r, k, stop, tile + r * kTile);
+        const float* x = task.x + first_m * task.x_stride + k;
+        int64_t m = 0;
+        for (; m + M <= ms; m += M) {
+          multiply_tile<V, R, M>(tile, x + m * task.x_stride, task.x_stride, size,
+                                 reinterpret_cast<float(*)[kTileRows]>(&sums[0][m]));
+        }
+        for (; m < ms; ++m) {
+          multiply_tile<V, R, 1>(tile, x + m * task.x_stride, task.x_stride, size,
+                                 reinterpret_cast<float(*)[kTileRows]>(&sums[0][m]));
+        }
+      }
+      for (int64_t m = 0; m < ms; ++m) {
+        for (int64_t r = 0; r < rows; ++r) {
+          write_scalar(task.y, task.y_dtype, (first_m + m) * task.n + row + r, sums[r][m] + bias_of(task, row + r));
+        }
+      }
+    }
+  }
+}
+
+template <class V, class T>
+void linear(const Linear& task, int64_t begin, int64_t end) {
+  static_assert(kDirect == 4);
+  switch (task.m) {
+    case 1: return multiply_few<V, T, 1>(task, begin, end);
+    case 2: return multiply_few<V, T, 2>(task, begin, end);
+    case 3: return multiply_few<V, T, 3>(task, begin, end);
+    case 4: return multiply_few<V, T, 4>(task, begin, end);
+    default: return multiply_many<V, T>(task, begin, end);
+  }
+}
+
+template <class V>
+void dequantize_row(const Dequantize& task, int64_t row) {
+  const uint8_t* stored = task.weight + row * task.weight_stride;
+  const float* scale = task.scale + row / kBlock * task.scale_stride;
+  float* out32 = static_cast<float*>(task.out) + row * task.k;
+  uint16_t* out16 = static_cast<uint16_t*>(task.out) + row * task.k;
+  typename V::reg w[kVecs];
+  int64_t at = 0;
+  for (; at + kSmall<V> <= task.k; at += kSmall<V>) {
+    V::decode(stored + at, w);
+    const auto factor = V::set1(scale[at / kBlock]);
+    for (int v = 0; v < kVecs; ++v) {
+      const auto value = V::mul(w[v], factor);
+      if (task.out_dtype == KVERN_BF16) {
+        V::store_bf16(out16 + at + v * V::width, value);
+      } else {
+        V::store(out32 + at + v * V::width, value);
+      }
+    }
+  }
+  for (; at < task.k; ++at) {
+    write_scalar(task.out, task.out_dtype, row * task.k + at, float_of_e4m3(stored[at]) * scale[at / kBlock]);
+  }
+}
+
+template <class V>
+void dequantize(const Dequantize& task, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) dequantize_row<V>(task, row);
+}
+
+template <class V>
+constexpr kvern::Kernels kernels(const char* name) {
+  return {name, {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>}, dequantize<V>};
+}
+
+}  // namespace

@@ -1,0 +1,183 @@
+// The C interface: checks arguments, picks the kernels, cuts the work into chunks of rows.
+#include "kvern.h"
+
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+#include "scalars.h"
+
+#if defined(KVERN_X86)
+#include <cpuid.h>
+#endif
+
+namespace kvern {
+namespace {
+
+constexpr int64_t kChunkBytes = 64 * 1024;  // 2 to 4 microseconds of memory traffic: small beside a stolen core
+constexpr int64_t kRowGroup = 4;            // kernels work on this many rows at a time
+
+#if defined(KVERN_X86)
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
+struct Candidate {
+  const char* name;
+  const Kernels* kernels;  // nullptr: not on this CPU or not in this build
+};
+
+std::vector<Candidate> candidates() {  // best first
+#if defined(KVERN_X86)
+  return {{"avx512", has_avx512() ? &kAvx512Kernels : nullptr},
+          {"avx2", has_avx2() ? &kAvx2Kernels : nullptr},
+          {"scalar", &kScalarKernels}};
+#else
+  return {{"avx512", nullptr}, {"avx2", nullptr}, {"scalar", &kScalarKernels}};
+#endif
+}
+
+const Kernels* best_kernels() {
+  for (const auto& one : candidates()) {
+    if (one.kernels) return one.kernels;
+  }
+  return &kScalarKernels;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{best_kernels()};
+  return kernels;
+}
+
+bool is_float(int dtype) { return dtype == KVERN_F32 || dtype == KVERN_BF16; }
+int64_t size_of(int dtype) { return dtype == KVERN_F32 ? 4 : dtype == KVERN_BF16 ? 2 : 1; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs rows(task, begin, end) over [0, n) in chunks of about kChunkBytes that start at multiples of kRowGroup.
+template <class Task>
+void over_rows(const Task& task, int64_t row_bytes, void (*rows)(const Task&, int64_t, int64_t)) {
+  struct Work {
+    const Task& task;
+    void (*rows)(const Task&, int64_t, int64_t);
+    int64_t size;
+  };
+  const int64_t groups = kChunkBytes / (row_bytes * kRowGroup + 1);
+  const Work work{task, rows, (groups > 0 ? groups : 1) * kRowGroup};
+  parallel_for(
+      divide_up(task.n, work.size),
+      [](const void* context, int64_t chunk) {
+        const auto& mine = *static_cast<const Work*>(context);
+        const int64_t begin = chunk * mine.size;
+        const int64_t end = begin + mine.size;
+        mine.rows(mine.task, begin, end < mine.task.n ? end : mine.task.n);
+      },
+      &work);
+}
+
+// x as FP32 with rows padded by zeros, so that kernels need no tail on the side of x.
+const float* padded(const void* x, int dtype, int64_t m, int64_t k, int64_t stride) {
+  thread_local std::vector<float> scratch;
+  if (scratch.size() < static_cast<size_t>(m * stride)) scratch.resize(static_cast<size_t>(m * stride));
+  for (int64_t row = 0; row < m; ++row) {
+    float* to = scratch.data() + row * stride;
+    if (dtype == KVERN_F32) {
+      std::memcpy(to, static_cast<const float*>(x) + row * k, static_cast<size_t>(k) * sizeof(float));
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(x) + row * k;
+      for (int64_t i = 0; i < k; ++i) to[i] = float_of_bf16(from[i]);
+    }
+    std::memset(to + k, 0, static_cast<size_t>(stride - k) * sizeof(float));
+  }
+  return scratch.data();
+}
+
+}  // namespace
+}  // namespace kvern
+
+using namespace kvern;
+
+int kvern_abi(void) { return KVERN_ABI; }
+
+const char* kvern_isa(void) { return chosen().load()->name; }
+
+int kvern_select_isa(const char* name) {
+  if (!name) {
+    chosen().store(best_kernels());
+    return KVERN_OK;
+  }
+  for (const auto& one : candidates()) {
+    if (std::strcmp(one.name, name) != 0) continue;
+    if (!one.kernels) return KVERN_UNSUPPORTED_ISA;
+    chosen().store(one.kernels);
+    return KVERN_OK;
+  }
+  return KVERN_BAD_ARGUMENT;
+}
+
+int kvern_set_threads(int threads) {
+  if (threads < 1 || threads > 1024) return KVERN_BAD_ARGUMENT;
+  set_threads(threads);
+  return KVERN_OK;
+}
+
+int kvern_threads(void) { return threads(); }
+
+int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* weight, int weight_dtype,
+                 int64_t weight_stride, const float* scale, int64_t scale_stride, const void* bias, int bias_dtype,
+                 int64_t m, int64_t n, int64_t k) {
+  const bool is_f8 = weight_dtype == KVERN_F8_E4M3;
+  if (!is_float(y_dtype) || !is_float(x_dtype) || !(is_f8 || is_float(weight_dtype))) return KVERN_BAD_ARGUMENT;
+  if (m < 0 || n < 0 || k < 0 || weight_stride < k || is_f8 != (scale != nullptr)) return KVERN_BAD_ARGUMENT;
+  if (is_f8 && scale_stride < divide_up(k, kBlock)) return KVERN_BAD_ARGUMENT;
+  if (bias && !is_float(bias_dtype)) return KVERN_BAD_ARGUMENT;
+  if (m == 0 || n == 0) return KVERN_OK;
+  if (!y || (k > 0 && (!x || !weight))) return KVERN_BAD_ARGUMENT;
+  const int64_t x_stride = divide_up(k, kStep) * kStep;
+  const Linear task{y,     y_dtype,      padded(x, x_dtype, m, k, x_stride), x_stride, weight, weight_stride,
+                    scale, scale_stride, bias, bias_dtype, m, n, k};
+  over_rows(task, k * size_of(weight_dtype), chosen().load()->linear[weight_dtype]);
+  return KVERN_OK;
+}
+
+int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weight_stride, const float* scale,
+                     int64_t scale_stride, int64_t n, int64_t k) {
+  if (!is_float(out_dtype) || n < 0 || k < 0 || weight_stride < k) return KVERN_BAD_ARGUMENT;
+  if (n == 0 || k == 0) return KVERN_OK;
+  if (!out || !weight || !scale || scale_stride < divide_up(k, kBlock)) return KVERN_BAD_ARGUMENT;
+  const Dequantize task{out, out_dtype, static_cast<const uint8_t*>(weight), weight_stride, scale, scale_stride, n, k};
+  over_rows(task, k * (1 + size_of(out_dtype)), chosen().load()->dequantize);
+  return KVERN_OK;
+}
+
+uint64_t kvern_read(const void* data, int64_t bytes) {
+  struct Read {
+    const uint64_t* words;
+    int64_t n;
+    std::atomic<uint64_t>* sum;
+  };
+  std::atomic<uint64_t> sum{0};
+  const Read task{static_cast<const uint64_t*>(data), bytes / 8, &sum};
+  over_rows<Read>(task, 8, [](const Read& read, int64_t begin, int64_t end) {
+    uint64_t lanes[8] = {};
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8) {
+      for (int lane = 0; lane < 8; ++lane) lanes[lane] += read.words[i + lane];
+    }
+    for (; i < end; ++i) lanes[0] += read.words[i];
+    for (int lane = 1; lane < 8; ++lane) lanes[0] += lanes[lane];
+    read.sum->fetch_add(lanes[0], std::memory_order_relaxed);
+  });
+  return sum.load();
+}

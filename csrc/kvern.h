@@ -1,0 +1,62 @@
+/* Kvern's CPU kernels: a plain C interface of raw pointers and sizes, without Python or torch headers.
+ *
+ * All matrices are row-major; a stride counts elements from one row to the next and the last dimension is dense.
+ * Functions that return int return KVERN_OK or one of the codes below and then have written nothing.
+ * Calls are safe from several threads; while one call owns the thread pool, others run on their own thread.
+ */
+#ifndef KVERN_H
+#define KVERN_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVERN_ABI 1
+
+enum { KVERN_F32 = 0, KVERN_BF16 = 1, KVERN_F8_E4M3 = 2 };                 /* dtypes; E4M3 is the "fn" form: no infinities */
+enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };
+
+int kvern_abi(void); /* KVERN_ABI of the library: a caller built for another number must not use it */
+
+/* Picks the kernels: "scalar", "avx2", "avx512", or NULL for the best that this CPU has (the state at load).
+ * KVERN_UNSUPPORTED_ISA when this CPU or this build lacks it, KVERN_BAD_ARGUMENT for an unknown name. */
+int kvern_select_isa(const char* name);
+const char* kvern_isa(void);
+
+/* Threads that take part in a call, the caller included. Starts at 1. The workers start with the next call. */
+int kvern_set_threads(int threads);
+int kvern_threads(void);
+
+/* y[m, n] = sum_k x[m, k] * weight[n, k] (+ bias[n]), accumulated in FP32.
+ *   y       [m, n] dense, dtype y_dtype (F32 or BF16, rounded to nearest even)
+ *   x       [m, k] dense, dtype x_dtype (F32 or BF16)
+ *   weight  [n, k] dtype weight_dtype, rows weight_stride apart
+ *   scale   [ceil(n / 128), ceil(k / 128)] FP32, rows scale_stride apart; for F8 weights only, else NULL.
+ *           The weight that counts is weight[n, k] * scale[n / 128, k / 128].
+ *   bias    [n] dtype bias_dtype (F32 or BF16), or NULL */
+int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* weight, int weight_dtype,
+                 int64_t weight_stride, const float* scale, int64_t scale_stride, const void* bias, int bias_dtype,
+                 int64_t m, int64_t n, int64_t k);
+
+/* out[n, k] = weight[n, k] * scale[n / 128, k / 128], dense, F32 or BF16 (rounded to nearest even). */
+int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weight_stride, const float* scale,
+                     int64_t scale_stride, int64_t n, int64_t k);
+
+/* Reads `bytes` bytes once with all threads and returns the sum of their 64-bit words (a rest under 8 is left out):
+ * the read bandwidth that a kernel can hope for. */
+uint64_t kvern_read(const void* data, int64_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+#endif
