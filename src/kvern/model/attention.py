@@ -1,0 +1,115 @@
+"""Multi-head Latent Attention (report eq. 1-11): a small latent is cached instead of keys and values.
+
+    (c | kr) = x Wkva;  c = RMSNorm(c);  kr = RoPE(kr), shared by all heads       cache: 512 + 64 numbers a token
+    q = RMSNorm(x Wqa) Wqb -> per head (q_nope | q_rope);  q_rope = RoPE(q_rope)
+    expanded: (k_nope | v) = c Wkvb per head;   s = q_nope.k_nope + q_rope.kr;   o = softmax(s * scale) v
+    absorbed: qa = q_nope Wuk;  s = qa.c + q_rope.kr;  o = (softmax(s * scale) c) Wuv^T,  with Wkvb = (Wuk | Wuv) per head
+
+Both give the same numbers. Expanded costs a pass of Wkvb over the whole context and little a query; absorbed nothing a
+context row and 3.4x more a (query, row) pair at V3's sizes: `cheaper_form` counts and picks.
+
+Shape letters: T tokens, C context rows, H heads, D latent_dim, R kv_lora_rank, P rope, N nope, V value size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvern import ops
+from kvern.config import ModelConfig
+from kvern.model.batch import ForwardBatch, MLAForm
+from kvern.model.linear import DTYPES, Linear, RMSNorm, linear_dtype
+
+LATENT_EPS = 1e-6
+"""Both latent norms use 1e-6 whatever rms_norm_eps says (DeepSeek's model.py and transformers agree)."""
+
+
+class Attention(nn.Module):
+    """One layer's MLA over the latents in `batch.cache`, or over the batch itself where there is no cache."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: str) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        dtype, norm = linear_dtype(config), DTYPES[config.torch_dtype]
+        bias = norm if config.attention_bias else None
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, dtype, device)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, dtype, device, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS, norm, device)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dtype, device)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.latent_dim, dtype, device, bias=bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_EPS, norm, device)
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), dtype, device
+        )
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, dtype, device, bias=bias)
+
+    def forward(self, x_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
+        """x [T, hidden] -> [T, hidden]; stores the batch's latents in its cache."""
+        q_THN, q_THP = self._queries(x_TE, rotation_TF)
+        latent_TD = self._latents(x_TE, rotation_TF)
+        if batch.cache is not None:
+            batch.cache.extend(self.layer, latent_TD, batch)
+        parts = []
+        for sequence, span in batch.spans():
+            if batch.cache is None:
+                context_CD = latent_TD[span]
+            else:
+                context_CD = batch.cache.context(self.layer, sequence, batch).to(x_TE.dtype)
+            form = batch.form or cheaper_form(self.config, span.stop - span.start, len(context_CD))
+            attend = self._expanded if form is MLAForm.EXPANDED else self._absorbed
+            parts.append(attend(q_THN[span], q_THP[span], context_CD))
+        out_THV = parts[0] if len(parts) == 1 else torch.cat(parts)
+        projected: Tensor = self.o_proj(out_THV.flatten(1))
+        return projected
+
+    def _queries(self, x_TE: Tensor, rotation_TF: Tensor) -> tuple[Tensor, Tensor]:
+        """(q_nope [T, H, N], rotated q_rope [T, H, P])."""
+        config = self.config
+        q = self.q_proj(x_TE) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TE)))
+        q_THK = q.view(len(x_TE), config.num_attention_heads, config.qk_head_dim)
+        q_THN, q_THP = q_THK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        return q_THN, ops.apply_rope(q_THP, rotation_TF)
+
+    def _latents(self, x_TE: Tensor, rotation_TF: Tensor) -> Tensor:
+        """[T, D]: the normed latent and the rotated shared key of each token."""
+        rank, rope = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        c_TR, key_TP = self.kv_a_proj_with_mqa(x_TE).split([rank, rope], dim=-1)
+        return torch.cat([self.kv_a_layernorm(c_TR), ops.apply_rope(key_TP, rotation_TF)], dim=-1)
+
+    def _kv_b(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(Wuk [H, N, R], Wuv [H, V, R]) in `dtype`."""
+        config = self.config
+        weight = self.kv_b_proj.dense(dtype).view(config.num_attention_heads, -1, config.kv_lora_rank)
+        nope, value = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        return nope, value
+
+    def _absorbed(self, q_THN: Tensor, q_THP: Tensor, context_CD: Tensor) -> Tensor:
+        """[T, H, V], attending in latent space."""
+        key_HNR, value_HVR = self._kv_b(q_THN.dtype)
+        q_THR = torch.einsum("thn,hnr->thr", q_THN, key_HNR)
+        q_THD = torch.cat([q_THR, q_THP], dim=-1)
+        out_THR = ops.latent_attention(q_THD, context_CD, self.config.kv_lora_rank, self.config.softmax_scale)
+        return torch.einsum("thr,hvr->thv", out_THR, value_HVR)
+
+    def _expanded(self, q_THN: Tensor, q_THP: Tensor, context_CD: Tensor) -> Tensor:
+        """[T, H, V], attending over keys and values rebuilt from the latents."""
+        config = self.config
+        c_CR, key_CP = context_CD.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(c_CR).view(len(c_CR), config.num_attention_heads, -1)
+        key_CHN, value_CHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        key_CHP = key_CP[:, None].expand(-1, config.num_attention_heads, -1)
+        q, k = torch.cat([q_THN, q_THP], dim=-1), torch.cat([key_CHN, key_CHP], dim=-1)
+        return ops.causal_attention(q, k, value_CHV, config.softmax_scale)
+
+
+def cheaper_form(config: ModelConfig, tokens: int, context: int) -> MLAForm:
+    """The form with fewer multiplications for `tokens` queries over `context` rows (heads divide out)."""
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    nope_and_value = config.qk_nope_head_dim + config.v_head_dim
+    expanded = context * rank * nope_and_value + tokens * context * (nope_and_value + rope)
+    absorbed = tokens * rank * nope_and_value + tokens * context * (2 * rank + rope)
+    return MLAForm.EXPANDED if expanded < absorbed else MLAForm.ABSORBED

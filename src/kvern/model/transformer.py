@@ -1,0 +1,99 @@
+"""The whole model: embedding, decoder layers, norm and head, and the MTP layers that ride along.
+
+Built on the meta device (the default) it costs no memory and its `state_dict()` is the official layout: the names, shapes
+and dtypes of the checkpoint. `checkpoint.load` then puts mapped tensors into it. Weights keep their stored dtype;
+`activation_dtype` is what flows between layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvern.config import ModelConfig, QuantizationConfig
+from kvern.model.batch import ForwardBatch
+from kvern.model.layer import DecoderLayer
+from kvern.model.linear import DTYPES, FP8, Linear, RMSNorm
+from kvern.model.mtp import MTPLayer
+from kvern.model.rope import inverse_frequencies, rotations
+
+
+class Decoder(nn.Module):
+    """`model.*` of the checkpoint. `layers` holds the decoder layers and after them the MTP layers."""
+
+    def __init__(self, config: ModelConfig, device: str, mtp: bool) -> None:
+        super().__init__()
+        self.config = config
+        dtype, count = DTYPES[config.torch_dtype], config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.embed_tokens.requires_grad_(False)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, device) for layer in range(count))
+        if mtp:
+            extra = range(count, count + config.num_nextn_predict_layers)
+            self.layers.extend(MTPLayer(config, layer, device) for layer in extra)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.frequencies = inverse_frequencies(config)
+
+    def rotation(self, batch: ForwardBatch) -> Tensor:
+        """[T, qk_rope_head_dim / 2] complex64 for the batch's positions."""
+        scaling = self.config.rope_scaling
+        factor = scaling.rotation_factor if scaling else 1.0
+        return rotations(batch.positions, self.frequencies.to(batch.positions.device), factor)
+
+    def forward(self, batch: ForwardBatch, activation_dtype: torch.dtype) -> Tensor:
+        """Hidden states [T, hidden] after the last norm."""
+        rotation_TF = self.rotation(batch)
+        x_TE = self.embed_tokens(batch.tokens).to(activation_dtype)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            x_TE = layer(x_TE, rotation_TF, batch)
+        out: Tensor = self.norm(x_TE)
+        return out
+
+
+class Transformer(nn.Module):
+    """A V3 model. `model(batch)` gives logits, `model.hidden(batch)` the states that MTP continues from."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: str = "meta",
+        activation_dtype: torch.dtype | None = None,
+        mtp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_dtype = activation_dtype or DTYPES[config.torch_dtype]
+        self.model = Decoder(config, device, mtp)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, DTYPES[config.torch_dtype], device)
+        if config.quantization_config and config.quantization_config.modules_to_not_convert:
+            self._keep_unconverted(config.quantization_config)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits [L, vocab_size] float32 of the tokens `batch.logits_at`, of all when that is None."""
+        hidden_TE = self.hidden(batch)
+        if batch.logits_at is not None:
+            hidden_TE = hidden_TE[batch.logits_at]
+        logits: Tensor = self.lm_head(hidden_TE).float()
+        return logits
+
+    def hidden(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states [T, hidden] after `model.norm`."""
+        out: Tensor = self.model(batch, self.activation_dtype)
+        return out
+
+    def mtp(self, hidden_TE: Tensor, batch: ForwardBatch, depth: int = 0) -> tuple[Tensor, Tensor]:
+        """MTP layer `depth` for hidden states of tokens i and a batch of the tokens i + 1, at the batch's positions.
+
+        Returns (states [T, hidden] to continue from, logits [T, vocab_size] float32 of the tokens i + 2).
+        """
+        layer = self.model.layers[self.config.num_hidden_layers + depth]
+        assert isinstance(layer, MTPLayer)
+        states_TE = layer.predict(hidden_TE, self.model.rotation(batch), batch)
+        return states_TE, layer.shared_head.head(states_TE).float()
+
+    def _keep_unconverted(self, quantization: QuantizationConfig) -> None:
+        """Give the Linears of `modules_to_not_convert` their unquantised storage."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module.weight.dtype == FP8 and not quantization.covers(name):
+                module.store_as(DTYPES[self.config.torch_dtype])

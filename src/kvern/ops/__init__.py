@@ -1,0 +1,32 @@
+"""Maths on tensors that knows no model: each op is one `Op`, a table from device type to implementation.
+
+`reference` is the specification and the fallback; `native` (CPU kernels) registers itself for what it computes.
+"""
+
+from __future__ import annotations
+
+from kvern.ops import native, reference
+from kvern.ops.dispatch import Op
+
+linear = Op("linear", reference.linear, native.backends("linear"))
+dequantize = Op("dequantize", reference.dequantize, native.backends("dequantize"))
+quantize_blocks = Op("quantize_blocks", reference.quantize_blocks)
+rms_norm = Op("rms_norm", reference.rms_norm)
+apply_rope = Op("apply_rope", reference.apply_rope)
+swiglu = Op("swiglu", reference.swiglu)
+route = Op("route", reference.route)
+latent_attention = Op("latent_attention", reference.latent_attention)
+causal_attention = Op("causal_attention", reference.causal_attention)
+
+ALL = (
+    linear,
+    dequantize,
+    quantize_blocks,
+    rms_norm,
+    apply_rope,
+    swiglu,
+    route,
+    latent_attention,
+    causal_attention,
+)
+"""Every op, for `kvern doctor` and for the parity tests."""
