@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ def expected(stops: list[str], text: str) -> tuple[str, bool]:
 @given(stops=STOPS, text=TEXT, cuts=st.lists(st.integers(0, 24)))
 def test_every_split_gives_the_same_text(stops: list[str], text: str, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    parts = [text[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    parts = [text[start:end] for start, end in pairwise(edges)]
     assert run(stops, parts) == expected(stops, text)
 
 

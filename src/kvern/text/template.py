@@ -18,11 +18,10 @@ A conversation without control strings takes the original encoder in one call.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -127,7 +126,7 @@ class ChatTemplate:
 class _Generation(Extension):
     """Accepts `{% generation %}`, which marks assistant text for training, and renders its body as it stands."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)

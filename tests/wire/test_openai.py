@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvern.errors import BadRequestError, BusyError, KvernError
+from kvern.text.messages import Message, SamplingOptions
+from kvern.wire.openai import NOT_SUPPORTED_YET, error_body, parse_chat_request
+
+HI = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def parse(**changes: Any) -> Any:
+    return parse_chat_request(json.dumps({**HI, **changes}).encode())
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y", **fields}]}
+
+
+def test_a_full_request_is_translated() -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "ann"},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "annotations": []},
+    ]
+    request = parse(messages=messages, max_tokens=5, temperature=0, top_p=0.5, seed=3, stop=["x", "y"], user="ann")
+    assert request.to_messages() == [
+        Message("system", "Be brief."),
+        Message("user", "ab", name="ann"),
+        Message("assistant", "c"),
+    ]
+    assert request.to_options() == SamplingOptions(5, 0.0, 0.5, 3, ("x", "y"))
+
+
+def test_null_equals_absent_everywhere() -> None:
+    nulls = dict.fromkeys([*NOT_SUPPORTED_YET, "stop", "temperature", "max_tokens", "stream", "stream_options"])
+    assert parse(**nulls) == parse()
+
+
+def test_values_that_ask_for_nothing_are_accepted() -> None:
+    for name, values in NOT_SUPPORTED_YET.items():
+        for value in values:
+            assert parse(**{name: value}) == parse()
+    assert parse(frequency_penalty=0.0) == parse()
+
+
+BAD = [
+    ({"model": None}, "model"),
+    ({"model": ""}, "model"),
+    ({"model": "a\x00b"}, "model"),
+    ({"model": 3}, "model"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": ["hi"]}, "messages.0"),
+    ({"messages": None}, "messages"),
+    (message(role="robot"), "messages.1.role"),
+    (message(role="tool"), "messages.1.role"),
+    (message(content=None), "messages.1.content"),
+    (message(content=7), "messages.1.content"),
+    (message(content=[]), "messages.1.content"),
+    (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages.1.content.0.type"),
+    (message(content=[{"type": "text", "text": 1}]), "messages.1.content.0.text"),
+    (message(content="a\ud800"), "messages.1.content"),
+    (message(contents="x"), "messages.1.contents"),
+    (message(tool_calls=[{}]), "messages.1.tool_calls"),
+    (message(name="\n"), "messages.1.name"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "0"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.01}, "top_p"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": 1.0}, "seed"),
+    ({"stop": ""}, "stop"),
+    ({"stop": 1}, "stop"),
+    ({"stop": ["\udc00"]}, "stop.0"),
+    ({"user": "\udc00"}, "user"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": ["x"] * 10_000}, "stop"),
+    ({"stop": ["x", 1]}, "stop.1"),
+    ({"stop": "x" * 1001}, "stop"),
+    ({"stream": 1}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"x": True}}, "stream_options.x"),
+    ({"user": "\x1b[31m"}, "user"),
+    ({"n": 2}, "n"),
+    ({"n": True}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 0}, "logprobs"),
+    ({"frequency_penalty": 0.1}, "frequency_penalty"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"temprature": 0}, "temprature"),
+    ({"top_k": 5}, "top_k"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param"), BAD)
+def test_bad_fields_are_refused_by_name(changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse(**changes)
+    assert caught.value.param == param
+    assert param.split(".")[-1] in caught.value.message or param.split(".")[0] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        b'{"temperature": NaN}',
+        b'{"temperature": -Infinity}',
+        b"[" * 100_000,
+        b'{"seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_bodies_that_are_no_json_object(body: bytes) -> None:
+    with pytest.raises(BadRequestError):
+        parse_chat_request(body)
+
+
+def test_overflowing_numbers_are_refused() -> None:
+    body = json.dumps({**HI, "temperature": "?"}).replace('"?"', "1e999").encode()
+    with pytest.raises(BadRequestError) as caught:
+        parse_chat_request(body)
+    assert caught.value.param == "temperature"
+
+
+def test_a_misspelt_field_gets_a_hint() -> None:
+    with pytest.raises(BadRequestError) as caught:
+        parse(temprature=0)
+    assert caught.value.hint == "did you mean 'temperature'?"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [
+    "model",
+    "messages",
+    "stop",
+    "stream_options",
+    "temperature",
+    "tools",
+    "n",
+    "seed",
+    "max_tokens",
+    "stream",
+    "x",
+]
+
+
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), content=JSON)
+def test_any_json_is_read_or_refused(changes: dict[str, Any], content: Any) -> None:
+    try:
+        parse(**{**message(content=content), **changes})
+    except BadRequestError as error:
+        assert error.status == 400
+
+
+def test_error_envelope() -> None:
+    assert error_body(BadRequestError("no", hint="do", param="n")).model_dump() == {
+        "error": {"message": "no (do)", "type": "invalid_request_error", "param": "n", "code": "invalid_request_error"}
+    }
+    assert error_body(KvernError("x")).error.type == "server_error"
+    assert error_body(BusyError("x", retry_after=1)).error.type == "rate_limit_error"
