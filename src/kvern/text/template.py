@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -126,7 +126,7 @@ class ChatTemplate:
 class _Generation(Extension):
     """Accepts `{% generation %}`, which marks assistant text for training, and renders its body as it stands."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (the base class declares an instance variable)
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)

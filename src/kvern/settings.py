@@ -1,0 +1,132 @@
+"""Settings, declared once: flags > environment (KVERN_PORT) > TOML ([serve] of kvern.toml) > defaults.
+
+`add_arguments` derives the command line from the fields, so a name, a type, a default and a help text are each written
+in one place. Unknown names are errors that mention the nearest known one. An environment variable that starts with
+KVERN_ and resembles no setting is left alone: other commands and the build have their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvern.errors import ConfigError
+
+PREFIX = "KVERN_"
+TABLE = "serve"
+DEFAULT_FILE = Path("kvern.toml")
+
+
+class ServeSettings(BaseSettings):
+    """How `kvern serve` serves."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field("coder-0.5b", min_length=1, description="a pulled model's name, or a checkpoint folder")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 opens it to the network")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    dtype: Literal["auto", "bf16", "f32"] = Field("auto", description="weights in memory; auto suits this machine")
+    max_context: int | None = Field(None, ge=2, description="prompt and answer together, in tokens; default: the model's")
+    threads: int | None = Field(None, ge=1, description="threads to compute with; default: every usable core")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="largest request body")
+
+
+def load(flags: dict[str, Any], config: Path | None = None) -> ServeSettings:
+    """Read the settings from all sources. `config` None: kvern.toml of the working folder, if there is one.
+
+    Raises ConfigError naming the setting and where it came from.
+    """
+    _check_environment(os.environ)
+    path = config or (DEFAULT_FILE if DEFAULT_FILE.exists() else None)
+    table = {} if path is None else _read_table(path)
+
+    class WithFile(ServeSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=table)
+
+    try:
+        return WithFile(**flags)
+    except ValidationError as error:
+        raise _as_config_error(error, flags, table, path) from error
+
+
+def add_arguments(parser: argparse.ArgumentParser, positional: str = "model") -> None:
+    """Add one argument for every field, and --config. Arguments that are not given stay out of the namespace."""
+    for name, field in ServeSettings.model_fields.items():
+        flag = [name] if name == positional else [f"--{name.replace('_', '-')}"]
+        extra: dict[str, Any] = {"nargs": "?", "metavar": name.upper()} if name == positional else {}
+        parser.add_argument(*flag, **extra, **_argument_type(field), default=argparse.SUPPRESS, help=_help(field))
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with a [{TABLE}] table ({DEFAULT_FILE})")
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings among parsed arguments, for `load`."""
+    return {name: value for name, value in vars(args).items() if name in ServeSettings.model_fields}
+
+
+def _argument_type(field: FieldInfo) -> dict[str, Any]:
+    if get_origin(field.annotation) is Literal:
+        return {"choices": get_args(field.annotation)}
+    return {"type": int, "metavar": "N"} if int in (field.annotation, *get_args(field.annotation)) else {}
+
+
+def _help(field: FieldInfo) -> str:
+    return f"{field.description}" if field.default is None else f"{field.description} (default: {field.default})"
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # malformed TOML or UTF-8
+        raise ConfigError(f"{path}: {error}") from error
+    for name in content:
+        if name != TABLE:
+            raise ConfigError(f"{path}: unknown table or key {name!r}", hint=f"settings belong under [{TABLE}]")
+    table = content.get(TABLE, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: {TABLE} must be a table")
+    return table
+
+
+def _check_environment(names: Iterable[str]) -> None:
+    known = {PREFIX + name.upper() for name in ServeSettings.model_fields}
+    for name in names:
+        if name.startswith(PREFIX) and name not in known and (near := _nearest(name, known, 0.85)):
+            raise ConfigError(f"unknown environment variable {name}", hint=f"did you mean {near}?")
+
+
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def _as_config_error(
+    error: ValidationError, flags: dict[str, Any], table: dict[str, Any], path: Path | None
+) -> ConfigError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        near = _nearest(name, ServeSettings.model_fields)
+        return ConfigError(f"{path}: unknown setting {name!r}", hint=f"did you mean {near!r}?" if near else None)
+    env = PREFIX + name.upper()
+    flag = name if name == "model" else f"--{name.replace('_', '-')}"
+    source = flag if name in flags else env if env in os.environ else f"{path}: {name}" if name in table else name
+    return ConfigError(f"{source}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}", param=name)
