@@ -39,7 +39,7 @@ def random_config(seed: int) -> ModelConfig:
         "norm_topk_prob": draw.choice([True, True, False]),
         "routed_scaling_factor": draw.choice([1.0, 2.5]),
         "num_nextn_predict_layers": 1,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 2560,
         "rms_norm_eps": draw.choice([1e-6, 1e-5]),
         "rope_theta": draw.choice([10000.0, 50000.0]),
         "rope_scaling": _random_rope(draw, rope),
@@ -55,7 +55,7 @@ def _random_rope(draw: random.Random, size: int) -> RopeScaling | None:
         return None
     if kind == "longrope":
         factors = tuple(1.0 + 3 * draw.random() for _ in range(size // 2))
-        return RopeScaling("longrope", 4.0, 1024, attention_factor=1.0, short_factor=factors, long_factor=factors)
+        return RopeScaling("longrope", 4.0, 640, attention_factor=1.0, short_factor=factors, long_factor=factors)
     mscale = draw.choice([1.0, 0.707]) if kind == "yarn" else 0.0
     return RopeScaling("yarn", 40.0, 64, mscale=1.0 if mscale else 0.0, mscale_all_dim=mscale)
 
@@ -91,8 +91,8 @@ def kvern_model(config: ModelConfig, oracle: DeepseekV3ForCausalLM, mtp: MtpMode
     if mtp is not None:
         index = config.num_hidden_layers
         for name, value in checkpoint_names(mtp.layers[0].state_dict()).items():
-            name = name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
-            state[f"model.layers.{index}.{name}"] = value
+            official = name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+            state[f"model.layers.{index}.{official}"] = value
         state[f"model.layers.{index}.embed_tokens.weight"] = state["model.embed_tokens.weight"]
         state[f"model.layers.{index}.shared_head.head.weight"] = state["lm_head.weight"]
     model.load_state_dict(state, assign=True)

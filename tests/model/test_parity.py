@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import kvern_model, random_config, transformers_model, transformers_mtp
+from tests.model.oracle import kvern_model, random_config, transformers_model, transformers_mtp
 
 from kvern import ops
 from kvern.config import ModelConfig, RopeScaling

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from tests.model.oracle import random_config
 
 from kvern.config import ModelConfig, known_configurations
 from kvern.model import Transformer
 from kvern.plan.memory import account
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from oracle import random_config
 
 
 def test_deepseek_v3_weighs_what_the_report_says() -> None:

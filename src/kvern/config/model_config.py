@@ -1,9 +1,9 @@
 """ModelConfig: a V3-family `config.json`, field for field, and nothing that could silently change the maths.
 
-Every key of the file falls into one of three classes: it is a field below; it must hold the one value that Kvern computes
-(`REQUIRED`); or it is inert at inference (`INERT`). A key in none of them is refused by name, because ignoring it could
-give wrong logits without a word. Reads `rope_scaling` + `rope_theta` (DeepSeek) and `rope_parameters` (transformers 5),
-writes the former. What it gives up: configurations that need a `trust_remote_code` model.
+Every key of the file falls into one of three classes: it is a field below; it must hold the one value that Kvern
+computes (`REQUIRED`); or it is inert at inference (`INERT`). A key in none of them is refused by name, because ignoring
+it could give wrong logits without a word. Reads `rope_scaling` + `rope_theta` (DeepSeek) and `rope_parameters`
+(transformers 5), writes the former. What it gives up: configurations that need a `trust_remote_code` model.
 
 Sources: DeepSeek-V3 `inference/configs/config_671B.json`, the hub's config.json of each family member, transformers'
 DeepseekV3Config.
@@ -18,6 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from kvern.config.checks import is_whole, positive
+from kvern.config.quantization import QuantizationConfig, quantization_json, read_quantization
+from kvern.config.rope import RopeScaling, rope_json, take_rope
 from kvern.errors import CheckpointError, ConfigError, NotFoundError, UnsupportedModelError
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -37,67 +40,17 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 """Keys whose other values mean other maths."""
 
 INERT = frozenset(
-    "model_type architectures auto_map transformers_version _name_or_path use_cache initializer_range aux_loss_alpha "
-    "seq_aux output_router_logits ep_size num_key_value_heads head_dim qk_head_dim pad_token_id dtype torch_dtype "
-    "unsloth_fixed chunk_size_feed_forward output_attentions output_hidden_states return_dict is_encoder_decoder "
-    "id2label label2id problem_type".split()
+    {
+        *("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype", "torch_dtype"),
+        *("use_cache", "initializer_range", "output_router_logits", "output_attentions", "output_hidden_states"),
+        *("aux_loss_alpha", "seq_aux", "ep_size", "pad_token_id", "return_dict", "is_encoder_decoder"),
+        *("num_key_value_heads", "head_dim", "qk_head_dim"),
+        *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "unsloth_fixed"),
+    }
 )
-"""Keys that do not change what a forward pass computes (head counts and dimensions are checked below)."""
+"""Keys that do not change what a forward pass computes (the head counts are checked, see `_check_heads`)."""
 
 ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Frequency scaling of RoPE. `yarn` as in V3; `longrope` with one factor a frequency (imports use it).
-
-    `mscale`, `mscale_all_dim`: YaRN's two attention factors. cos and sin are multiplied by
-    m(mscale) / m(mscale_all_dim), the softmax scale by m(mscale_all_dim)^2, with m(x) = 0.1 x ln(factor) + 1.
-    """
-
-    type: Literal["yarn", "longrope"]
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-
-    def magnitude(self, mscale: float) -> float:
-        """m(mscale) = 0.1 * mscale * ln(factor) + 1, and 1 without extension (transformers `yarn_get_mscale`)."""
-        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-    @property
-    def rotation_factor(self) -> float:
-        """The number that cos and sin are multiplied by."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.type == "longrope":
-            if self.factor <= 1:
-                return 1.0
-            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
-        if self.mscale and self.mscale_all_dim:
-            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
-        return self.magnitude(1.0)
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """The official FP8 layout: E4M3 weights with one FP32 `weight_scale_inv` for each 128x128 block."""
-
-    weight_block_size: tuple[int, int] = (128, 128)
-    fmt: str = "e4m3"
-    quant_method: str = "fp8"
-    activation_scheme: str = "dynamic"
-    scale_fmt: str | None = None
-    modules_to_not_convert: tuple[str, ...] = ()
-
-    def covers(self, module: str) -> bool:
-        """Whether the Linear called `module` is stored in FP8 (entries match a full dotted name or its end)."""
-        return not any(module == name or module.endswith("." + name) for name in self.modules_to_not_convert)
 
 
 @dataclass(frozen=True)
@@ -151,7 +104,7 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """qk_head_dim^-1/2, times m(mscale_all_dim)^2 under YaRN: 0.135234 for V3."""
-        scale = self.qk_head_dim**-0.5
+        scale = 1 / math.sqrt(self.qk_head_dim)
         if self.rope_scaling and self.rope_scaling.mscale_all_dim:
             scale *= self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim) ** 2
         return scale
@@ -172,7 +125,7 @@ class ModelConfig:
             raise NotFoundError(
                 f"no known configuration is called {name!r}", hint="known: " + ", ".join(known_configurations())
             )
-        text = (resources.files("kvern") / "configurations" / f"{name}.json").read_text()
+        text = (resources.files("kvern") / "config" / "known" / f"{name}.json").read_text()
         return cls.from_dict(json.loads(text))
 
     @classmethod
@@ -185,8 +138,8 @@ class ModelConfig:
                 hint="`kvern convert` imports Llama and Qwen2 models (folders and GGUF files) exactly",
             )
         data = {ALIASES.get(key, key): value for key, value in raw.items()}
-        rope = _pop_rope(data)
-        quantization = _quantization(data.pop("quantization_config", None))
+        rope = take_rope(data)
+        quantization = read_quantization(data.pop("quantization_config", None))
         names = {f.name for f in fields(cls)}
         _refuse_other_maths({key: value for key, value in data.items() if key not in names})
         values = {key: _coerce(key, value) for key, value in data.items() if key in names and key != "torch_dtype"}
@@ -211,17 +164,21 @@ class ModelConfig:
         out |= {key: allowed[0] for key, allowed in REQUIRED.items() if key in _WRITTEN}
         out["num_key_value_heads"] = self.num_attention_heads
         out["eos_token_id"] = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id) or None
-        out["rope_scaling"] = _rope_dict(self.rope_scaling)
-        out["quantization_config"] = _quantization_dict(self.quantization_config)
-        return {key: value for key, value in out.items() if value is not None or key in ("q_lora_rank", "rope_scaling")}
+        out["rope_scaling"] = rope_json(self.rope_scaling)
+        out["quantization_config"] = quantization_json(self.quantization_config)
+        return {key: value for key, value in out.items() if value is not None or key in _NULLABLE}
 
 
 _WRITTEN = frozenset({"hidden_act", "scoring_func", "topk_method", "moe_layer_freq", "tie_word_embeddings"})
 
 
+_NULLABLE = frozenset({"q_lora_rank", "rope_scaling", "bos_token_id", "eos_token_id"})
+"""Keys whose absence transformers would fill with V3's value."""
+
+
 def known_configurations() -> list[str]:
     """Names that `ModelConfig.named` takes."""
-    folder = resources.files("kvern") / "configurations"
+    folder = resources.files("kvern") / "config" / "known"
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
@@ -243,7 +200,7 @@ def _coerce(key: str, value: Any) -> Any:
     """Check the JSON type of a field and bring it into the field's Python type."""
     if key == "eos_token_id":
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(_is_int(i) and i >= 0 for i in ids):
+        if not all(is_whole(i) and i >= 0 for i in ids):
             raise ConfigError(f"eos_token_id must be an id or a list of ids, not {value!r}")
         return tuple(ids)
     if value is None or key == "model_type":
@@ -253,20 +210,10 @@ def _coerce(key: str, value: Any) -> Any:
             raise ConfigError(f"{key} must be true or false, not {value!r}")
         return value
     if key in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-        return _number(key, value)
-    if not _is_int(value) or value < 0:
+        return positive(key, value)
+    if not is_whole(value) or value < 0:
         raise ConfigError(f"{key} must be a whole number, not {value!r}")
     return value
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{key} must be a positive number, not {value!r}")
-    return float(value)
 
 
 def _refuse_other_maths(rest: dict[str, Any]) -> None:
@@ -324,90 +271,3 @@ def _check_experts(config: ModelConfig, experts: int) -> None:
         raise ConfigError(f"num_experts_per_tok = {config.num_experts_per_tok} must be between 1 and {reachable}")
     if config.moe_intermediate_size <= 0:
         raise ConfigError("moe_intermediate_size must be positive")
-
-
-def _pop_rope(data: dict[str, Any]) -> dict[str, Any]:
-    """Take the rope keys of either spelling out of `data`; returns the fields rope_theta and rope_scaling."""
-    parameters, scaling = data.pop("rope_parameters", None), data.pop("rope_scaling", None)
-    raw = {**(scaling or {}), **(parameters or {})}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"rope_scaling must be an object, not {raw!r}")
-    theta = _number("rope_theta", raw.pop("rope_theta", None) or data.pop("rope_theta", None) or 10000.0)
-    data.pop("rope_theta", None)
-    kind = raw.pop("rope_type", None) or raw.pop("type", None) or "default"
-    raw.pop("type", None)
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    return {"rope_theta": theta, "rope_scaling": _rope_scaling(kind, raw, data)}
-
-
-def _rope_scaling(kind: str, raw: dict[str, Any], data: dict[str, Any]) -> RopeScaling:
-    if kind not in ("yarn", "longrope"):
-        raise UnsupportedModelError(f"rope_scaling type {kind!r} is not supported", hint="supported: yarn, longrope")
-    known = {f.name for f in fields(RopeScaling)} - {"type"}
-    for key in raw.keys() - known:
-        if not (key == "truncate" and raw[key] is True):
-            raise UnsupportedModelError(f"rope_scaling.{key} is not supported")
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known and v is not None}
-    short, long = values.get("short_factor", ()), values.get("long_factor", ())
-    if short != long:
-        raise UnsupportedModelError("rope_scaling.long_factor differs from short_factor, which is not supported")
-    original = values.setdefault("original_max_position_embeddings", data.get("max_position_embeddings"))
-    if not _is_int(original) or original <= 0:
-        raise ConfigError("rope_scaling.original_max_position_embeddings must be a positive whole number")
-    values.setdefault("factor", data.get("max_position_embeddings", original) / original)
-    for key in values.keys() - {"short_factor", "long_factor", "mscale", "mscale_all_dim"}:
-        _number(f"rope_scaling.{key}", values[key])
-    return RopeScaling(type="yarn" if kind == "yarn" else "longrope", **values)
-
-
-def _rope_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.type == "yarn":
-        keys = ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"]
-    else:
-        keys = ["factor", "original_max_position_embeddings", "short_factor", "long_factor"]
-    out: dict[str, Any] = {"type": scaling.type}
-    for key in keys:
-        value = getattr(scaling, key)
-        out[key] = list(value) if isinstance(value, tuple) else value
-    if scaling.attention_factor is not None:
-        out["attention_factor"] = scaling.attention_factor
-    return out
-
-
-def _quantization(raw: Any) -> QuantizationConfig | None:
-    if raw is None:
-        return None
-    if not isinstance(raw, dict) or raw.get("quant_method") != "fp8":
-        method = raw.get("quant_method") if isinstance(raw, dict) else raw
-        raise UnsupportedModelError(
-            f"quantization_config.quant_method {method!r} is not supported", hint="supported: fp8"
-        )
-    if tuple(raw.get("weight_block_size") or ()) != (128, 128):
-        raise UnsupportedModelError("quantization_config.weight_block_size must be [128, 128]")
-    if raw.get("fmt", "e4m3") != "e4m3" or raw.get("activation_scheme", "dynamic") != "dynamic":
-        raise UnsupportedModelError("quantization_config: only fmt e4m3 with activation_scheme dynamic is supported")
-    scale_fmt = raw.get("scale_fmt")
-    if scale_fmt not in (None, "ue8m0"):
-        raise UnsupportedModelError(f"quantization_config.scale_fmt {scale_fmt!r} is not supported")
-    return QuantizationConfig(
-        scale_fmt=scale_fmt, modules_to_not_convert=tuple(raw.get("modules_to_not_convert") or ())
-    )
-
-
-def _quantization_dict(quantization: QuantizationConfig | None) -> dict[str, Any] | None:
-    if quantization is None:
-        return None
-    out: dict[str, Any] = {
-        "activation_scheme": quantization.activation_scheme,
-        "fmt": quantization.fmt,
-        "quant_method": quantization.quant_method,
-        "weight_block_size": list(quantization.weight_block_size),
-    }
-    if quantization.scale_fmt:
-        out["scale_fmt"] = quantization.scale_fmt
-    if quantization.modules_to_not_convert:
-        out["modules_to_not_convert"] = list(quantization.modules_to_not_convert)
-    return out

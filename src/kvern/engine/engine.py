@@ -38,8 +38,8 @@ class Engine:
     ) -> Iterator[int]:
         """Token ids of the answer, the stop id (when one is drawn) included as the last.
 
-        Ends at a stop id, at `params.max_tokens`, or within one step of `cancelled()`. Raises BadRequestError for an empty
-        prompt, an id outside the vocabulary, or a prompt that leaves no room in the context.
+        Ends at a stop id, at `params.max_tokens`, or within one step of `cancelled()`. Raises BadRequestError for an
+        empty prompt, an id outside the vocabulary, or a prompt that leaves no room in the context.
         """
         self._check(prompt, params)
         return self._run(list(prompt), params, cancelled)

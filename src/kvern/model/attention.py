@@ -3,7 +3,7 @@
     (c | kr) = x Wkva;  c = RMSNorm(c);  kr = RoPE(kr), shared by all heads       cache: 512 + 64 numbers a token
     q = RMSNorm(x Wqa) Wqb -> per head (q_nope | q_rope);  q_rope = RoPE(q_rope)
     expanded: (k_nope | v) = c Wkvb per head;   s = q_nope.k_nope + q_rope.kr;   o = softmax(s * scale) v
-    absorbed: qa = q_nope Wuk;  s = qa.c + q_rope.kr;  o = (softmax(s * scale) c) Wuv^T,  with Wkvb = (Wuk | Wuv) per head
+    absorbed: qa = q_nope Wuk;  s = qa.c + q_rope.kr;  o = (softmax(s * scale) c) Wuv^T;  Wkvb = (Wuk | Wuv) per head
 
 Both give the same numbers. Expanded costs a pass of Wkvb over the whole context and little a query; absorbed nothing a
 context row and 3.4x more a (query, row) pair at V3's sizes: `cheaper_form` counts and picks.
@@ -71,20 +71,20 @@ class Attention(nn.Module):
         config = self.config
         q = self.q_proj(x_TE) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TE)))
         q_THK = q.view(len(x_TE), config.num_attention_heads, config.qk_head_dim)
-        q_THN, q_THP = q_THK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_THN, q_THP = torch.split(q_THK, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return q_THN, ops.apply_rope(q_THP, rotation_TF)
 
     def _latents(self, x_TE: Tensor, rotation_TF: Tensor) -> Tensor:
         """[T, D]: the normed latent and the rotated shared key of each token."""
         rank, rope = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        c_TR, key_TP = self.kv_a_proj_with_mqa(x_TE).split([rank, rope], dim=-1)
+        c_TR, key_TP = torch.split(self.kv_a_proj_with_mqa(x_TE), [rank, rope], dim=-1)
         return torch.cat([self.kv_a_layernorm(c_TR), ops.apply_rope(key_TP, rotation_TF)], dim=-1)
 
     def _kv_b(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(Wuk [H, N, R], Wuv [H, V, R]) in `dtype`."""
         config = self.config
         weight = self.kv_b_proj.dense(dtype).view(config.num_attention_heads, -1, config.kv_lora_rank)
-        nope, value = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        nope, value = torch.split(weight, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
         return nope, value
 
     def _absorbed(self, q_THN: Tensor, q_THP: Tensor, context_CD: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ class Attention(nn.Module):
     def _expanded(self, q_THN: Tensor, q_THP: Tensor, context_CD: Tensor) -> Tensor:
         """[T, H, V], attending over keys and values rebuilt from the latents."""
         config = self.config
-        c_CR, key_CP = context_CD.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        c_CR, key_CP = torch.split(context_CD, [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(c_CR).view(len(c_CR), config.num_attention_heads, -1)
-        key_CHN, value_CHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        key_CHN, value_CHV = torch.split(kv, [config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         key_CHP = key_CP[:, None].expand(-1, config.num_attention_heads, -1)
         q, k = torch.cat([q_THN, q_THP], dim=-1), torch.cat([key_CHN, key_CHP], dim=-1)
         return ops.causal_attention(q, k, value_CHV, config.softmax_scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class MLAForm(Enum):
-    """How attention reads the latent: `EXPANDED` rebuilds per-head keys and values, `ABSORBED` stays in latent space."""
+    """How attention reads the latent: EXPANDED rebuilds per-head keys and values, ABSORBED stays in latent space."""
 
     EXPANDED = "expanded"
     ABSORBED = "absorbed"
@@ -36,7 +36,7 @@ class LatentCache(Protocol):
 class ForwardBatch:
     """T tokens of S sequences.
 
-    tokens: [T] int64. positions: [T] int64, within each sequence consecutive. query_starts: S + 1 offsets into the tokens.
+    tokens: [T] int64. positions: [T] int64, consecutive within each sequence. query_starts: S + 1 offsets into tokens.
     logits_at: [L] int64, the tokens whose logits are wanted; None: all. form: which MLA form; None: the cheaper one.
     """
 

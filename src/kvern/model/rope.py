@@ -29,7 +29,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _yarn_ramp(scaling: RopeScaling, size: int, theta: float) -> Tensor:
-    """[size / 2] in 0..1: 0 below the dimension that turns beta_fast times in the original context, 1 above beta_slow."""
+    """[size / 2] in 0..1: 0 where a dimension turns over beta_fast times in the original context, 1 under beta_slow."""
 
     def dimension(rotations: float) -> float:
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)

@@ -1,7 +1,7 @@
 """The whole model: embedding, decoder layers, norm and head, and the MTP layers that ride along.
 
-Built on the meta device (the default) it costs no memory and its `state_dict()` is the official layout: the names, shapes
-and dtypes of the checkpoint. `checkpoint.load` then puts mapped tensors into it. Weights keep their stored dtype;
+Built on the meta device (the default) it costs no memory, and its `state_dict()` is the official layout: names, shapes
+and dtypes of a checkpoint. `checkpoint.load` then puts mapped tensors into it. Weights keep their stored dtype;
 `activation_dtype` is what flows between layers.
 """
 

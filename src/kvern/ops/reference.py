@@ -1,6 +1,6 @@
 """The ops in plain torch: the specification that every kernel is tested against, and the fallback.
 
-Accumulation is FP32 (torch's own matmuls accumulate bfloat16 inputs in FP32). What it gives up is speed: FP8 weights are
+Accumulation is FP32 (torch's own matmuls accumulate bfloat16 inputs so). What it gives up is speed: FP8 weights are
 dequantised whole before each product.
 
 Shape letters: T tokens (queries), C context rows, H heads, D latent_dim, K key size, V value size, N outputs.
@@ -62,7 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the pairs (x[2i], x[2i+1]) of x [T, .., D] by rotation [T, D/2] complex64: the checkpoint's interleaved form."""
+    """Rotate the pairs (x[2i], x[2i+1]) of x [T, .., D] by rotation [T, D/2] complex64, interleaved."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     turned = pairs * rotation.view(rotation.shape[0], *(1,) * (x.dim() - 2), rotation.shape[1])
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
@@ -78,8 +78,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """The V3 gate (report eq. 12-16): x [T, hidden] -> (weights [T, top_k] float32, experts [T, top_k] int64).
 
-    s = sigmoid(x W^T) in FP32; the choice uses s + bias, first the `kept_groups` groups with the largest sum of their two
-    best, all others at -inf, then the `top_k` best; the weights are s without bias, normalised, times `factor`.
+    s = sigmoid(x W^T) in FP32. The choice uses s + bias: first the `kept_groups` groups whose two best sum to most, all
+    others at -inf, then the `top_k` best. The weights are s without bias, normalised, times `factor`.
     """
     scores = F.linear(x.float(), weight.float()).sigmoid()
     choice = scores + bias

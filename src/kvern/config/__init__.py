@@ -1,0 +1,7 @@
+"""config.json of the V3 family as frozen dataclasses, and the well-known configurations by name. No torch."""
+
+from kvern.config.model_config import ModelConfig, known_configurations, read_config_json
+from kvern.config.quantization import QuantizationConfig
+from kvern.config.rope import RopeScaling
+
+__all__ = ["ModelConfig", "QuantizationConfig", "RopeScaling", "known_configurations", "read_config_json"]
