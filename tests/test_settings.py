@@ -58,7 +58,7 @@ def test_a_missing_file_that_was_named_is_an_error() -> None:
 
 def test_environment_errors_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVERN_PORT", "many")
-    with pytest.raises(ConfigError, match="^KVERN_PORT: "):
+    with pytest.raises(ConfigError, match=r"^KVERN_PORT: "):
         settings.load({})
     monkeypatch.delenv("KVERN_PORT")
     monkeypatch.setenv("KVERN_PROT", "1")
@@ -83,5 +83,5 @@ def test_arguments_follow_the_fields() -> None:
 
 
 def test_flag_errors_name_the_flag() -> None:
-    with pytest.raises(ConfigError, match="^--max-context: "):
+    with pytest.raises(ConfigError, match=r"^--max-context: "):
         settings.load({"max_context": 1})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, overload
@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, TypeAlias, overload
 import torch
 
 from kvern.checkpoint.load import load
+from kvern.checkpoint.pull import ensure_imported
+from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig
 from kvern.engine import Engine, SamplingParams
 from kvern.errors import BadRequestError, CheckpointError, ConfigError
@@ -141,7 +143,7 @@ class LLM:
             )
         return Prepared(tuple(prompt), self._params(options, room), options.stop)
 
-    def run(self, prepared: Prepared, cancelled: Callable[[], bool] = lambda: False) -> Iterator[Piece]:
+    def run(self, prepared: Prepared, cancelled: Callable[[], bool] = lambda: False) -> Generator[Piece]:
         """Generate; one piece a token, the last with the finish reason, and none after `cancelled()` became true."""
         detokenizer, matcher = Detokenizer(self.tokenizer), StopMatcher(prepared.stop)
         for token_id in self.engine.generate(prepared.prompt, prepared.params, cancelled):
@@ -189,14 +191,11 @@ def collect(pieces: Iterator[Piece], prompt_tokens: int) -> Completion:
     return Completion("".join(piece.text for piece in parts), ids, reason, prompt_tokens, len(ids))
 
 
-def resolve(model: str | Path) -> Path:
-    """Return the checkpoint folder of a path or of a pulled model's name; a pulled GGUF is imported at first use."""
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    from kvern.checkpoint.pull import ensure_imported
-
-    return ensure_imported(str(model), "bf16", None)
+def resolve(model: str | Path, progress: Progress | None = None) -> Path:
+    """Return the V3 checkpoint folder of a path or of a pulled model's name. A GGUF file, or a folder of the Llama or
+    Qwen2 family, is imported at first use. Reaches no network: raises NotFoundError when the model was not pulled.
+    """
+    return ensure_imported(model, "bf16", progress)
 
 
 def served_name(model: str | Path) -> str:

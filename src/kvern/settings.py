@@ -31,13 +31,19 @@ class ServeSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str = Field("coder-0.5b", min_length=1, description="a pulled model's name, or a checkpoint folder")
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 opens it to the network")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    dtype: Literal["auto", "bf16", "f32"] = Field("auto", description="weights in memory; auto suits this machine")
-    max_context: int | None = Field(None, ge=2, description="prompt and answer together, in tokens; default: the model's")
-    threads: int | None = Field(None, ge=1, description="threads to compute with; default: every usable core")
-    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="largest request body")
+    model: str = Field(default="coder-0.5b", min_length=1, description="a pulled model's name, or a checkpoint folder")
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 opens it to the network"
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    dtype: Literal["auto", "bf16", "f32"] = Field(
+        default="auto", description="weights in memory; auto suits this machine"
+    )
+    max_context: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and answer together; default: the model's"
+    )
+    threads: int | None = Field(default=None, ge=1, description="threads to compute with; default: every usable core")
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="largest request body")
 
 
 def load(flags: dict[str, Any], config: Path | None = None) -> ServeSettings:
@@ -73,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser, positional: str = "model") ->
         flag = [name] if name == positional else [f"--{name.replace('_', '-')}"]
         extra: dict[str, Any] = {"nargs": "?", "metavar": name.upper()} if name == positional else {}
         parser.add_argument(*flag, **extra, **_argument_type(field), default=argparse.SUPPRESS, help=_help(field))
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"TOML file with a [{TABLE}] table ({DEFAULT_FILE})")
+    file_help = f"TOML file with a [{TABLE}] table (default: {DEFAULT_FILE} of the working folder, if there is one)"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=file_help)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Small tokenizers of the three kinds that matter: byte level (DeepSeek, Qwen), byte fallback (Llama 2), real (opt-in)."""
+# ruff: noqa: RUF001 (DeepSeek's tokens contain full-width bars)
+"""Small tokenizers of the two kinds that matter: byte level (DeepSeek, Qwen), byte fallback (Llama 2)."""
 
 from __future__ import annotations
 

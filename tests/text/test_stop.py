@@ -21,7 +21,7 @@ def run(stops: list[str], parts: list[str]) -> tuple[str, bool]:
 
 
 def expected(stops: list[str], text: str) -> tuple[str, bool]:
-    """The rule itself: grow the text by characters; at the first end of a stop string, cut the longest that ends there."""
+    """The rule itself: grow the text; at the first end of a stop string, cut the longest that ends there."""
     for end in range(1, len(text) + 1):
         lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if lengths:

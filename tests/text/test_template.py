@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (DeepSeek's tokens contain full-width bars)
 from __future__ import annotations
 
 import json

@@ -1,1 +1,1 @@
-"""Text in, token ids out, and back: messages, chat template, tokenizer, incremental detokenizer, stop strings. No torch."""
+"""Text in, token ids out, and back: messages, chat template, tokenizer, incremental detokenizer, stops. No torch."""

@@ -57,7 +57,7 @@ class SamplingOptions:
 
     @classmethod
     def of(cls, **given: Any) -> SamplingOptions:
-        """Build from keyword arguments; `stop` may be one string. Raises BadRequestError for unknown names and ranges."""
+        """Build from keyword arguments; `stop` may be one string. BadRequestError for unknown names and ranges."""
         known = {field.name for field in fields(cls)}
         for name in given:
             if name not in known:

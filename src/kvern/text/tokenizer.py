@@ -1,9 +1,9 @@
 """The checkpoint's own tokenizer (tokenizer.json and tokenizer_config.json), with control tokens kept out of user text.
 
-A *control token* is an added token that is more than white space: `<|im_end|>`, `<｜Assistant｜>`, `<think>`. It matters
-little whether the file calls it special: DeepSeek's file does so for four of 818, and a user who types `<｜Assistant｜>`
-must not be able to speak as the assistant. So there are two encoders: the file's own, which turns such strings into
-control ids, and a *plain* one without them, in which they are ordinary characters. On text without any control string
+A *control token* is an added token that is more than white space: `<|im_end|>`, `<think>`. It matters little whether
+the file calls it special: DeepSeek's file does so for four of 818, and a user who types the assistant's token must not
+be able to speak as the assistant. So there are two encoders: the file's own, which turns such strings into control ids,
+and a *plain* one without them, in which they are ordinary characters. On text without any control string
 both give the same ids. Added tokens made of white space stay in both: they are text.
 """
 

@@ -127,19 +127,27 @@ class ChatCompletionRequest(_Strict):
 
     model: Name
     messages: list[RequestMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="Default: up to the end of the context.")
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: up to the end of the context.")
+    max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     temperature: float | None = Field(
-        None, ge=0.0, le=2.0, allow_inf_nan=False, description="Default: what the checkpoint recommends, else 1."
+        default=None,
+        ge=0.0,
+        le=2.0,
+        allow_inf_nan=False,
+        description="Default: what the checkpoint recommends, else 1.",
     )
     top_p: float | None = Field(
-        None, gt=0.0, le=1.0, allow_inf_nan=False, description="Default: what the checkpoint recommends, else 1."
+        default=None,
+        gt=0.0,
+        le=1.0,
+        allow_inf_nan=False,
+        description="Default: what the checkpoint recommends, else 1.",
     )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopOrStops | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Name | None = Field(None, description="The caller's own label; it changes nothing in the answer.")
+    user: Name | None = Field(default=None, description="The caller's own label; it changes nothing in the answer.")
 
     def to_messages(self) -> list[Message]:
         """The conversation, as templates read it."""

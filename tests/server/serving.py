@@ -1,0 +1,48 @@
+"""A real uvicorn on a free loopback port, in a thread, around any LLM."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from kvern.errors import KvernError
+from kvern.llm import LLM
+from kvern.server.app import create_app
+from kvern.settings import ServeSettings
+
+
+@dataclass(frozen=True)
+class Serving:
+    url: str
+    results: list[LLM | KvernError]
+
+
+@contextmanager
+def serving(load: Callable[[], LLM], *, wait: bool = True, max_body_bytes: int = 4096) -> Iterator[Serving]:
+    """Serve until the block ends; with `wait`, the block starts once the model is loaded (or failed to)."""
+    results: list[LLM | KvernError] = []
+    app = create_app(load, ServeSettings(max_body_bytes=max_body_bytes), results.append)
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="on", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started and (bool(results) or not wait))
+        yield Serving(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", results)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Poll until the condition holds; fail when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny import CONTEXT
+
+from kvern.engine import SamplingParams
+from kvern.errors import BadRequestError, CheckpointError, ConfigError, KvernError
+from kvern.llm import LLM, Piece, collect
+from kvern.text.messages import Message, SamplingOptions
+
+
+class Scripted:
+    """An engine that says what it is told, token by token."""
+
+    max_context = 64
+
+    def __init__(self, script: Sequence[int]) -> None:
+        self.script = script
+        self.asked: list[SamplingParams] = []
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[int]:
+        self.asked.append(params)
+        for token_id in self.script[: params.max_tokens]:
+            if cancelled():
+                return
+            yield token_id
+            if token_id in params.stop_token_ids:
+                return
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> LLM:
+    return LLM(tiny_folder, threads=1)
+
+
+def scripted(folder: Path, text: str) -> tuple[LLM, Scripted]:
+    engine = Scripted([])
+    llm = LLM(folder, engine=engine)
+    engine.script = llm.tokenizer.encode(text, allow_special=True)
+    return llm, engine
+
+
+def test_greedy_chat_is_the_same_in_every_form(tiny: LLM) -> None:
+    whole = tiny.chat("hi", max_tokens=12, temperature=0)
+    pieces = list(tiny.stream([Message("user", "hi")], max_tokens=12, temperature=0))
+    assert "".join(pieces) == whole.text
+    assert whole.completion_tokens == len(whole.token_ids) == 12
+    assert whole.finish_reason == "length"
+    assert whole.prompt_tokens == len(tiny.tokenizer.encode("<|start|>user\nhi<|end|><|start|>assistant\n", True))
+
+
+def test_ids_of_the_padding_are_never_drawn(tiny: LLM) -> None:
+    ids = tiny.chat("hi", max_tokens=100, temperature=2.0, seed=1).token_ids
+    assert max(ids) < tiny.tokenizer.vocab_limit < 320
+
+
+def test_generate_takes_one_prompt_or_several(tiny: LLM) -> None:
+    one = tiny.generate("a", max_tokens=4, temperature=0)
+    assert tiny.generate(["a", "b"], max_tokens=4, temperature=0)[0] == one
+    assert tiny.generate("<|end|>", max_tokens=1).prompt_tokens > 1
+
+
+def test_a_seed_repeats_an_answer(tiny: LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5}
+    assert tiny.chat("hi", seed=5, **options) == tiny.chat("hi", seed=5, **options)
+    assert tiny.chat("hi", seed=5, **options) != tiny.chat("hi", seed=6, **options)
+
+
+def test_an_eos_token_ends_the_answer_and_does_not_show(tiny_folder: Path) -> None:
+    llm, _ = scripted(tiny_folder, "yes<|end|>no")
+    answer = llm.chat("?")
+    assert (answer.text, answer.finish_reason) == ("yes", "stop")
+    assert answer.token_ids[-1] == llm.tokenizer.eos_id
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "reason"),
+    [
+        ("one two three", "one ", "stop"),
+        ("one tw", "one tw", "length"),
+        ("one tw<|end|>", "one tw", "stop"),
+        ("STOP", "", "stop"),
+    ],
+)
+def test_stop_strings(tiny_folder: Path, script: str, text: str, reason: str) -> None:
+    llm, engine = scripted(tiny_folder, script)
+    answer = llm.chat("?", stop=["two", "STOP"], max_tokens=len(engine.script))
+    assert (answer.text, answer.finish_reason) == (text, reason)
+
+
+def test_pieces_are_whole_characters(tiny_folder: Path) -> None:
+    llm, engine = scripted(tiny_folder, "🦀 é")
+    assert list(llm.stream("?", max_tokens=len(engine.script))) == ["🦀", " ", "é"]
+    assert llm.chat("?", max_tokens=2).text == "\ufffd"
+
+
+def test_the_checkpoint_recommends_and_the_caller_decides(tiny_folder: Path, tmp_path: Path) -> None:
+    llm, engine = scripted(tiny_folder, "x")
+    llm.chat("?")
+    llm.chat("?", temperature=0, top_p=0.3, seed=4, max_tokens=1)
+    first, second = engine.asked
+    assert (first.temperature, first.top_p, first.seed) == (0.7, 0.8, None)
+    assert (second.temperature, second.top_p, second.seed, second.max_tokens) == (0.0, 0.3, 4, 1)
+    assert first.max_tokens == 64 - llm.chat("?", max_tokens=1).prompt_tokens
+    greedy = shutil.copytree(tiny_folder, tmp_path / "greedy")
+    (greedy / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": [3, 4]}))
+    llm, engine = scripted(greedy, "x")
+    llm.chat("?")
+    assert engine.asked[0].temperature == 0.0
+    assert {3, 4, llm.tokenizer.eos_id} <= set(engine.asked[0].stop_token_ids)
+
+
+def test_too_long_names_both_lengths(tiny: LLM) -> None:
+    with pytest.raises(BadRequestError, match=rf"the prompt has \d+ tokens, and the context holds {CONTEXT}"):
+        tiny.stream("word " * 200)
+    with pytest.raises(BadRequestError, match=r"has \d+ tokens and max_tokens is 128, but the context holds 128") as e:
+        tiny.chat("hi", max_tokens=128)
+    assert e.value.param == "max_tokens"
+
+
+def test_answers_end_with_the_context(tiny: LLM) -> None:
+    answer = tiny.chat("hi", temperature=0)
+    assert answer.finish_reason == "stop" or answer.prompt_tokens + answer.completion_tokens == CONTEXT
+
+
+def test_a_cancelled_answer_has_no_end(tiny: LLM) -> None:
+    prepared = tiny.prepare_chat("hi", SamplingOptions(max_tokens=50))
+    pieces: list[Piece] = []
+    for piece in tiny.run(prepared, lambda: len(pieces) >= 3):
+        pieces.append(piece)
+    assert len(pieces) == 3
+    with pytest.raises(RuntimeError, match="finish reason"):
+        collect(iter(pieces), 1)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "f8"}, {"model": "no-such-model"}])
+def test_wrong_arguments_are_explained(tiny_folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(KvernError):
+        LLM(**{"model": tiny_folder, **options})
+
+
+def test_a_model_without_a_template_can_only_generate(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "bare")
+    (folder / "tokenizer_config.json").unlink()
+    llm = LLM(folder)
+    assert llm.generate("a", max_tokens=1).completion_tokens == 1
+    with pytest.raises(BadRequestError, match="bare has no chat template"):
+        llm.chat("hi")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not JSON"):
+        LLM(folder)
+
+
+def test_dtype_names_are_checked(tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype must be one of auto, bf16, f32"):
+        LLM(tiny_folder, dtype="f8")  # type: ignore[arg-type]
