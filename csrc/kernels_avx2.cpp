@@ -63,6 +63,28 @@ struct Avx2 {
       out[v + 1] = mul(_mm256_cvtph_ps(_mm256_extracti128_si256(whole, 1)), back);
     }
   }
+
+  // Without the factor and the NaNs: a third fewer instructions. The watch keeps the largest magnitude of each lane.
+  struct Watch {
+    static constexpr float factor = 256.0f;
+    __m256i largest = _mm256_setzero_si256();
+  };
+
+  static void decode_watched(const uint8_t* p, reg* out, Watch& watch) {
+    for (int v = 0; v < kVecs; v += 2) {
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + v * width));
+      const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+      const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+      out[v] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+      out[v + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+    }
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    watch.largest = _mm256_max_epu8(watch.largest, _mm256_and_si256(all, _mm256_set1_epi8(0x7f)));
+  }
+
+  static bool saw_nan(const Watch& watch) {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(watch.largest, _mm256_set1_epi8(0x7f))) != 0;
+  }
 };
 
 }  // namespace

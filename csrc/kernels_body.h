@@ -1,14 +1,19 @@
 // The kernels themselves, written once over an instruction set `V` that the including file defines (unnamed namespace:
 // see scalars.h). V gives
-//   width, rows, columns            numbers in a register; the tile of y that stays in registers in `multiply_tile`
+//   width                           numbers in a register
+//   direct_rows                     rows of W at a time in `multiply_few` with 2 to 4 rows of x
+//   tile_rows, tile_columns         the part of y that stays in registers in `multiply_tile`
 //   reg, zero, load, store, set1, mul, fma(a, b, c) = a * b + c, sum(a)
 //   decode(const T*, reg*)          kVecs registers of FP32 from kSmall<V> stored numbers, exactly; T = float, uint16_t
 //                                   (BF16), uint8_t (E4M3)
+//   Watch, decode_watched, saw_nan  the same for E4M3 where cheaper: numbers come out divided by `Watch::factor`, and
+//                                   instead of making a NaN the watch remembers that the row has one
 //   store_bf16(uint16_t*, reg)      width numbers, round to nearest even
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 #include "scalars.h"
@@ -40,65 +45,90 @@ inline void decode_rest(const T* stored, int64_t count, typename V::reg* out) {
   V::decode(padded, out);
 }
 
-// acc[r][m] += W[r, begin:end] . x[m, begin:end]
+// acc[r][m] += W[r, begin:end] . x[m, begin:end]; end - begin is a multiple of kSmall. Always inlined and without a tail,
+// so that the sums stay in registers from the first column to the last.
 template <class V, class T, int R, int M>
-inline void accumulate(const T* const* rows, const float* x, int64_t x_stride, int64_t begin, int64_t end,
-                       typename V::reg (&acc)[R][M]) {
-  typename V::reg w[kVecs];
-  const auto multiply = [&](int r, int64_t at) {
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < kVecs; ++v) acc[r][m] = V::fma(w[v], V::load(x + m * x_stride + at + v * V::width), acc[r][m]);
-    }
-  };
-  int64_t at = begin;
-  for (; at + kSmall<V> <= end; at += kSmall<V>) {
+[[gnu::always_inline]] inline void accumulate(const T* const (&rows)[R], const float* x, int64_t x_stride, int64_t begin,
+                                              int64_t end, typename V::reg (&acc)[R][M],
+                                              typename V::Watch (&watch)[R]) {
+#pragma GCC unroll 2
+  for (int64_t at = begin; at < end; at += kSmall<V>) {
     for (int r = 0; r < R; ++r) {
-      V::decode(rows[r] + at, w);
-      multiply(r, at);
+      typename V::reg w[kVecs];
+      if constexpr (kScaled<T>) {
+        V::decode_watched(rows[r] + at, w, watch[r]);
+      } else {
+        V::decode(rows[r] + at, w);
+      }
+      for (int m = 0; m < M; ++m) {
+        for (int v = 0; v < kVecs; ++v) {
+          acc[r][m] = V::fma(w[v], V::load(x + m * x_stride + at + v * V::width), acc[r][m]);
+        }
+      }
     }
   }
-  if (at == end) return;
-  for (int r = 0; r < R; ++r) {
-    decode_rest<V>(rows[r] + at, end - at, w);
-    multiply(r, at);
+}
+
+// W[row, begin:k] . x, the columns after the last full step or scale block.
+template <class V, class T>
+[[gnu::noinline]] float rest_of_row(const Linear& task, int64_t row, const float* x, int64_t begin) {
+  const T* stored = static_cast<const T*>(task.weight) + row * task.weight_stride;
+  auto total = V::zero();
+  for (int64_t at = begin; at < task.k; at += kSmall<V>) {
+    typename V::reg w[kVecs];
+    if (at + kSmall<V> <= task.k) {
+      V::decode(stored + at, w);
+    } else {
+      decode_rest<V>(stored + at, task.k - at, w);
+    }
+    for (int v = 0; v < kVecs; ++v) total = V::fma(w[v], V::load(x + at + v * V::width), total);
   }
+  const float scale = kScaled<T> ? task.scale[row / kBlock * task.scale_stride + begin / kBlock] : 1.0f;
+  return V::sum(total) * scale;
 }
 
 inline float bias_of(const Linear& task, int64_t column) {
   return task.bias ? read_scalar(task.bias, task.bias_dtype, column) : 0.0f;
 }
 
+template <class V, int R, int M>
+[[gnu::always_inline]] inline void clear(typename V::reg (&sums)[R][M]) {
+  for (auto& line : sums) {
+    for (auto& one : line) one = V::zero();
+  }
+}
+
 // R rows of W against M rows of x, everything in registers. R streams in flight hide the memory latency, and R * M
 // independent sums the latency of the FMA. The R rows lie in one scale block.
 template <class V, class T, int R, int M>
-void multiply_rows(const Linear& task, int64_t row, int64_t first_m) {
+void multiply_rows(const Linear& task, int64_t row) {
+  constexpr int64_t kUnit = kScaled<T> ? kBlock : kSmall<V>;
+  const int64_t full = task.k / kUnit * kUnit;
   const T* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = static_cast<const T*>(task.weight) + (row + r) * task.weight_stride;
-  const float* x = task.x + first_m * task.x_stride;
+  typename V::Watch watch[R];
   typename V::reg total[R][M];
-  for (auto& line : total) {
-    for (auto& one : line) one = V::zero();
-  }
+  clear<V>(total);
   if constexpr (kScaled<T>) {
     const float* scale = task.scale + row / kBlock * task.scale_stride;
-    for (int64_t k = 0; k < task.k; k += kBlock) {
+    for (int64_t k = 0; k < full; k += kBlock) {
       typename V::reg part[R][M];
-      for (auto& line : part) {
-        for (auto& one : line) one = V::zero();
-      }
-      accumulate<V, T, R, M>(rows, x, task.x_stride, k, smaller(k + kBlock, task.k), part);
-      const auto factor = V::set1(scale[k / kBlock]);
+      clear<V>(part);
+      accumulate<V>(rows, task.x, task.x_stride, k, k + kBlock, part, watch);
+      const auto factor = V::set1(scale[k / kBlock] * V::Watch::factor);
       for (int r = 0; r < R; ++r) {
         for (int m = 0; m < M; ++m) total[r][m] = V::fma(part[r][m], factor, total[r][m]);
       }
     }
   } else {
-    accumulate<V, T, R, M>(rows, x, task.x_stride, 0, task.k, total);
+    accumulate<V>(rows, task.x, task.x_stride, 0, full, total, watch);
   }
   for (int r = 0; r < R; ++r) {
-    const float bias = bias_of(task, row + r);
+    const float bias = V::saw_nan(watch[r]) ? std::numeric_limits<float>::quiet_NaN() : bias_of(task, row + r);
     for (int m = 0; m < M; ++m) {
-      write_scalar(task.y, task.y_dtype, (first_m + m) * task.n + row + r, V::sum(total[r][m]) + bias);
+      float y = V::sum(total[r][m]) + bias;
+      if (full < task.k) y += rest_of_row<V, T>(task, row + r, task.x + m * task.x_stride, full);
+      write_scalar(task.y, task.y_dtype, m * task.n + row + r, y);
     }
   }
 }
@@ -109,9 +139,9 @@ void multiply_few(const Linear& task, int64_t begin, int64_t end) {
   int64_t row = begin;
   for (; row + R <= end; row += R) {
     // begin is a multiple of R, and R divides kBlock
-    multiply_rows<V, T, R, M>(task, row, 0);
+    multiply_rows<V, T, R, M>(task, row);
   }
-  for (; row < end; ++row) multiply_rows<V, T, 1, M>(task, row, 0);
+  for (; row < end; ++row) multiply_rows<V, T, 1, M>(task, row);
 }
 
 // W[row, k : k + kTile] as FP32, scaled; zeros up to the next full step.
@@ -138,9 +168,7 @@ template <class V, int R, int M>
 inline void multiply_tile(const float* tile, const float* x, int64_t x_stride, int64_t size,
                           float (*sums)[kTileRows]) {
   typename V::reg acc[R][M];
-  for (auto& line : acc) {
-    for (auto& one : line) one = V::zero();
-  }
+  clear<V>(acc);
   for (int64_t at = 0; at < size; at += V::width) {
     typename V::reg w[R];
     for (int r = 0; r < R; ++r) w[r] = V::load(tile + r * kTile + at);
