@@ -55,7 +55,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class PlacedShard:
     """One file: its header, and each tensor with the offset of its data."""
 
     path: Path
@@ -109,17 +109,17 @@ def write_checkpoint(
     `force` starts again. Does nothing when `dst` already holds exactly this. Raises CheckpointError when `dst` holds
     anything else, when the disk is full, or when another process is writing there.
     """
-    planned = _place(dst, shards)
+    planned = place_shards(dst, shards)
     record = _record(planned, files, source, options or {})
     with _claimed(dst, record, force):
         if (dst / CONFIG_FILE).is_file():
             return
         _write_shards(planned, progress)
         for name, content in files.items():
-            _replace(dst / name, content)
+            write_file(dst / name, content)
         if len(planned) > 1:
-            _replace(dst / INDEX_FILE, _json_bytes(_index(planned)))
-        _replace(dst / CONFIG_FILE, _json_bytes(config.to_dict()))
+            write_file(dst / INDEX_FILE, json_bytes(index_of(planned)))
+        write_file(dst / CONFIG_FILE, json_bytes(config.to_dict()))
 
 
 def planned_from_model(model: nn.Module) -> list[PlannedTensor]:
@@ -146,31 +146,31 @@ def save_model(
     write_checkpoint(dst, config, shards, files=files or {}, source=source, progress=progress, force=force)
 
 
-def _place(dst: Path, shards: Sequence[Sequence[PlannedTensor]]) -> list[_Shard]:
+def place_shards(dst: Path, shards: Sequence[Sequence[PlannedTensor]]) -> list[PlacedShard]:
     count = len(shards)
     placed = []
     for number, tensors in enumerate(shards, 1):
         name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:06d}.safetensors"
         header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors])
-        placed.append(_Shard(dst / name, header, list(zip(tensors, offsets, strict=True))))
+        placed.append(PlacedShard(dst / name, header, list(zip(tensors, offsets, strict=True))))
     return placed
 
 
 def _record(
-    shards: Sequence[_Shard], files: Mapping[str, bytes], source: str, options: Mapping[str, str]
+    shards: Sequence[PlacedShard], files: Mapping[str, bytes], source: str, options: Mapping[str, str]
 ) -> dict[str, Any]:
     layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
     written = [shard.path.name for shard in shards] + list(files)
     return {"format": 1, "source": source, "options": dict(options), "layout": layout, "writes": written}
 
 
-def _index(shards: Sequence[_Shard]) -> dict[str, Any]:
+def index_of(shards: Sequence[PlacedShard]) -> dict[str, Any]:
     weight_map = {tensor.name: shard.path.name for shard in shards for tensor, _ in shard.tensors}
     size = total_size(tensor for shard in shards for tensor, _ in shard.tensors)
     return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -187,7 +187,7 @@ def _claimed(dst: Path, record: dict[str, Any], force: bool) -> Iterator[None]:
                 file=dst,
                 hint="choose another destination, or empty this folder yourself",
             )
-        _replace(path, _json_bytes(record))
+        write_file(path, json_bytes(record))
         yield
 
 
@@ -230,7 +230,7 @@ def _remove_written(dst: Path, begun: dict[str, Any]) -> None:
             _part(dst / name).unlink(missing_ok=True)
 
 
-def _write_shards(shards: Sequence[_Shard], progress: Progress | None) -> None:
+def _write_shards(shards: Sequence[PlacedShard], progress: Progress | None) -> None:
     todo = [shard for shard in shards if not shard.is_written()]
     total = sum(shard.nbytes for shard in shards)
     done = total - sum(shard.nbytes for shard in todo)
@@ -242,7 +242,7 @@ def _write_shards(shards: Sequence[_Shard], progress: Progress | None) -> None:
             raise _write_error(error, shard.path) from error
 
 
-def _check_space(todo: Sequence[_Shard]) -> None:
+def _check_space(todo: Sequence[PlacedShard]) -> None:
     needed = sum(shard.nbytes for shard in todo)
     if not needed:
         return
@@ -253,7 +253,7 @@ def _check_space(todo: Sequence[_Shard]) -> None:
         raise CheckpointError(f"disk is too small: {needed:,} bytes are needed, {free:,} are free", file=folder)
 
 
-def _write_shard(shard: _Shard, done: int, total: int, progress: Progress | None) -> int:
+def _write_shard(shard: PlacedShard, done: int, total: int, progress: Progress | None) -> int:
     part = _part(shard.path)
     with part.open("wb") as stream:
         stream.write(shard.header)
@@ -296,7 +296,7 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     part = _part(path)
     try:
         with part.open("wb") as stream:
