@@ -93,7 +93,8 @@ class ModelSource:
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids).logits.float()
+        found: torch.Tensor = model(ids).logits
+    return found.float()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

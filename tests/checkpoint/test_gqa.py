@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.checkpoint.gqa_models import MODELS, ModelSource, logits, random_model, relative_error
 from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 
 from kvern.checkpoint import gqa
@@ -19,7 +20,6 @@ from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import plan_shards, write_checkpoint
 from kvern.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kvern.model.batch import ForwardBatch, MLAForm
-from tests.checkpoint.gqa_models import MODELS, ModelSource, logits, random_model, relative_error
 
 FP32_TOLERANCE = 1e-5
 IDS = torch.randint(0, 320, (1, 150), generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,8 @@ def written(folder: Path, model: PreTrainedModel, dtype: gqa.DType) -> Path:
 
 def kvern_logits(folder: Path, form: MLAForm | None = None) -> torch.Tensor:
     with torch.no_grad():
-        return load(folder)(ForwardBatch.of(IDS[0].tolist(), form=form))[None].float()
+        found: torch.Tensor = load(folder)(ForwardBatch.of(IDS[0].tolist(), form=form))
+    return found[None].float()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -120,7 +121,7 @@ def test_parity_notices_a_wrong_import(mutation: str, tmp_path: Path, monkeypatc
     elif mutation == "delta":
         monkeypatch.setattr(gqa, "DELTA", 2.0**-8)
     else:
-        monkeypatch.setattr(gqa.math, "sqrt", lambda value: 1.0 if value > 1 else value**0.5)
+        monkeypatch.setattr("kvern.checkpoint.gqa.math.sqrt", lambda value: 1.0 if value > 1 else value**0.5)
     error = relative_error(kvern_logits(written(tmp_path / "v3", model, "f32")), logits(model, IDS))
     assert error > 100 * FP32_TOLERANCE
 

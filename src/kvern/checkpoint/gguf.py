@@ -93,7 +93,9 @@ class GGUFSource:
         """config.json of the Hugging Face model that this file was made from."""
         field = self._field
         hidden, heads = int(field("embedding_length")), int(field("attention.head_count"))
-        head_dim = int(field("attention.key_length", hidden // heads))
+        if heads < 1:
+            raise CheckpointError(f"attention.head_count is {heads}", file=self.path)
+        head_dim = int(field("attention.key_length", hidden // heads)) or 1
         rotated = int(field("rope.dimension_count", head_dim))
         bos, ends = self._metadata("tokenizer.ggml.bos_token_id", None), end_token_ids(self._metadata)
         config: dict[str, Any] = {
@@ -128,8 +130,12 @@ class GGUFSource:
         """tokenizer.json, tokenizer_config.json and generation_config.json, written from the metadata."""
         ids = {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if self.config[key] not in (None, [])}
         generation = json.dumps(ids, indent=2).encode()
-        context = self.config["max_position_embeddings"]
-        return {**tokenizer_files(self._metadata, context), "generation_config.json": generation}
+        tokenizer = self.tokenizer_files(self.config["max_position_embeddings"])
+        return {**tokenizer, "generation_config.json": generation}
+
+    def tokenizer_files(self, context: int) -> dict[str, bytes]:
+        """tokenizer.json and tokenizer_config.json for inputs of up to `context` tokens."""
+        return tokenizer_files(self._metadata, context)
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any]:
         kind = self._field("rope.scaling.type", "none")
@@ -153,9 +159,9 @@ class GGUFSource:
                 "original_max_position_embeddings": original,
                 "attention_factor": magnitude,
             }
-        if kind in ("none", "linear"):
-            return {"rope_type": "linear", "factor": factor} if factor != 1.0 else {"rope_type": "default"}
-        return {"rope_type": kind}
+        if kind not in ("none", "linear"):
+            raise UnsupportedModelError(f"{self.path}: rope.scaling.type {kind!r} cannot be imported")
+        return {"rope_type": "linear", "factor": factor} if factor != 1.0 else {"rope_type": "default"}
 
     def _read_architecture(self) -> str:
         architecture = self._metadata("general.architecture")

@@ -279,11 +279,14 @@ def source_names(shape: GQAShape) -> Iterator[str]:
 
 def _check_names(source: SourceModel, shape: GQAShape) -> None:
     """A missing tensor is damage; a tensor too many is maths that would be dropped."""
-    present, needed = set(source.names()), set(source_names(shape))
-    for name in sorted(needed - present):
-        raise CheckpointError("tensor is missing", tensor=name)
-    inert = {"lm_head.weight"} | {name for name in present if name.endswith("rotary_emb.inv_freq")}
-    for name in sorted(present - needed - inert):
+    unused = set(source.names())
+    unused -= {name for name in unused if name.endswith("rotary_emb.inv_freq")}
+    present = frozenset(unused)
+    for name in source_names(shape):
+        if name not in present:
+            raise CheckpointError("tensor is missing", tensor=name)
+        unused.discard(name)
+    for name in sorted(unused - {"lm_head.weight"}):
         raise UnsupportedModelError(
             f"cannot import a model with the tensor {name}: nothing in a V3 layer computes it", param=name
         )

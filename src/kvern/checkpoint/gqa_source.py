@@ -23,6 +23,9 @@ from kvern.errors import ConfigError, UnsupportedModelError
 FAMILIES = ("llama", "mistral", "qwen2")
 """`model_type`s whose layers are exactly RoPE + grouped-query attention + RMSNorm + SwiGLU."""
 
+MAX_WIDTH = 1 << 20
+"""Heads times head size beyond which a config is taken as damaged (the largest known model has 16,384)."""
+
 _PER_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "chameleon", "cohere", "cohere2")
 
 _ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -163,9 +166,11 @@ def _window_in_use(config: Mapping[str, Any]) -> bool:
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
     heads = int(_need(config, "num_attention_heads"))
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    if heads % kv_heads:
+    if kv_heads < 1 or heads % kv_heads:
         raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = int(config.get("head_dim") or int(_need(config, "hidden_size")) // heads)
+    if not 0 < heads * head_dim <= MAX_WIDTH:
+        raise ConfigError(f"{heads} heads of size {head_dim} cannot be right", param="num_attention_heads")
     if head_dim % 2:
         raise _refusal("head_dim", head_dim, "rotary pairs need an even head size")
     return heads, kv_heads, head_dim
