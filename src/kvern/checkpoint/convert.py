@@ -2,8 +2,8 @@
 
 Within the family, each shard of the source becomes one shard, and every tensor that the target dtype leaves alone is
 copied byte for byte. FP8 covers what the official checkpoint has in FP8, the Linear weights of the layers; embedding,
-norms, gate, eh_proj and (without `head_fp8`) the head stay BF16, the gate's bias and F32 latent norms stay F32. What it
-gives up: a BF16 detour moves FP8 scales by up to 0.3 %, so convert from the original where there is one.
+norms, gate, eh_proj and (without `head_fp8`) the head are BF16, the gate's bias and an import's latent norms F32. What
+it gives up: a BF16 detour moves FP8 scales by up to 0.3 %, so convert from the original where there is one.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ CARRIED_MAX_BYTES = 64 << 20
 
 LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.(\w+\.)*(gate|up|down)_proj)\.weight")
 HEAD = re.compile(r"lm_head\.weight|model\.layers\.\d+\.shared_head\.head\.weight")
-KEPT_F32 = re.compile(r".*\.(e_score_correction_bias|q_a_layernorm\.weight|kv_a_layernorm\.weight)")
-"""Tensors that stay F32 where the source has them in F32."""
+GATE_BIAS = re.compile(r".*\.e_score_correction_bias")
+LATENT_NORM = re.compile(r".*\.(q|kv)_a_layernorm\.weight")
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,18 @@ class _FamilyPlan:
 
     def _cast(self, spec: TensorSpec) -> PlannedTensor:
         dtype = self._float()
-        if spec.dtype is dtype or (spec.dtype is torch.float32 and KEPT_F32.fullmatch(spec.name)):
+        if spec.dtype is dtype or self._stays_f32(spec):
             return self._copied(spec)
         return PlannedTensor(spec.name, dtype, spec.shape, lambda: self.reader.tensor(spec.name).to(dtype))
+
+    def _stays_f32(self, spec: TensorSpec) -> bool:
+        """The gate's bias always; a latent norm where BF16 would round it, as it would the constants of an import."""
+        if spec.dtype is not torch.float32:
+            return False
+        if LATENT_NORM.fullmatch(spec.name):
+            weight = self.reader.tensor(spec.name)
+            return not torch.equal(weight, weight.bfloat16().float())
+        return GATE_BIAS.fullmatch(spec.name) is not None
 
     def _float(self) -> torch.dtype:
         assert self.dtype is not None

@@ -211,7 +211,7 @@ def _check_record(dst: Path, begun: dict[str, Any], record: dict[str, Any], forc
     if force:
         _remove_written(dst, begun)
         return
-    changed = [key for key in ("source", "options", "layout") if begun.get(key) != record[key]]
+    changed = [key for key in ("options", "source", "layout") if begun.get(key) != record[key]]
     if changed:
         detail = f": {begun.get('options')}, not {record['options']}" if "options" in changed else ""
         raise CheckpointError(

@@ -3,7 +3,7 @@
 A file may be longer than what was written to it: the rest reads as zeros and takes no space on disk. So the 671B model,
 689 GB of files, takes 0.3 GB and a few seconds, and yet every header, mapping and product is the real one. Seeded are
     all norms; the embedding and head rows of the given token ids;
-    of one dense and one MoE layer every fifth block of 128 rows of each Linear, with scales for all blocks;
+    of one dense and one MoE layer every Linear up to 8 MB, every fifth block of 128 rows of the others, all scales;
     the gate of that MoE layer, such that it chooses among a known set of experts, and those experts.
 Everywhere else weights and scales are zero, so a layer passes its input on unchanged. What it gives up: the holes cost
 reading time like real weights, but say nothing about a real model's answers.
@@ -40,6 +40,7 @@ from kvern.model.transformer import Transformer
 OFFICIAL_SHARDS = 163
 SEEDED_BLOCK_EVERY = 5
 """Coprime to what heads are made of, so that every part of a head (nope, rope, values) is hit somewhere."""
+SMALL_BYTES = 8 << 20
 
 Part = tuple[int, bytes]
 """Bytes, and where they go within the tensor."""
@@ -173,7 +174,8 @@ def _linear(tensor: PlannedTensor, draw: np.random.Generator) -> Iterator[Part]:
         yield 0, scale.astype(np.float32).tobytes()
         return
     rows, columns = tensor.shape
-    for first in range(SEEDED_BLOCK_EVERY // 2 * BLOCK, rows, SEEDED_BLOCK_EVERY * BLOCK):
+    every = 1 if tensor.nbytes <= SMALL_BYTES else SEEDED_BLOCK_EVERY
+    for first in range(every // 2 * BLOCK, rows, every * BLOCK):
         count = min(BLOCK, rows - first) * columns
         yield first * columns, _TABLE[np.frombuffer(draw.bytes(count), np.uint8)].tobytes()
 
