@@ -79,7 +79,13 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     out = torch.empty(weight.shape, dtype=dtype)
     lib = _loaded()
     code = lib.kvern_dequantize(
-        out.data_ptr(), CODES[dtype], weight.data_ptr(), weight.stride(0), scale.data_ptr(), scale.stride(0), *weight.shape
+        out.data_ptr(),
+        CODES[dtype],
+        weight.data_ptr(),
+        weight.stride(0),
+        scale.data_ptr(),
+        scale.stride(0),
+        *weight.shape,
     )
     assert code == 0, "kvern_dequantize refused its arguments"
     return out
@@ -199,7 +205,9 @@ def _linear_many(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor |
 
 
 def _takes_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> bool:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return False
     is_f8 = weight.dtype is torch.float8_e4m3fn
     return (
@@ -210,7 +218,14 @@ def _takes_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor 
         and x.shape[-1] == weight.shape[1]
         and is_f8 == (scale is not None)
         and (scale is None or _is_scale(scale, weight))
-        and (bias is None or (bias.dtype in (torch.float32, torch.bfloat16) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and (
+            bias is None
+            or (
+                bias.dtype in (torch.float32, torch.bfloat16)
+                and bias.shape == weight.shape[:1]
+                and bias.is_contiguous()
+            )
+        )
     )
 
 
@@ -221,4 +236,9 @@ def _is_dense(weight: Tensor) -> bool:
 
 def _is_scale(scale: Tensor, weight: Tensor) -> bool:
     blocks = tuple(-(-size // BLOCK) for size in weight.shape)
-    return scale.dtype is torch.float32 and scale.shape == blocks and (blocks[1] <= 1 or scale.stride(1) == 1) and scale.stride(0) >= blocks[1]
+    return (
+        scale.dtype is torch.float32
+        and scale.shape == blocks
+        and (blocks[1] <= 1 or scale.stride(1) == 1)
+        and scale.stride(0) >= blocks[1]
+    )

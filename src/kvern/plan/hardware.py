@@ -104,7 +104,10 @@ def _memory(root: Path) -> tuple[int, int]:
 def _memory_limits(root: Path) -> Iterable[tuple[int, int]]:
     """(limit, used) of each cgroup that has a limit; page cache that can be dropped does not count as used."""
     for folder in _cgroups(root, "memory"):
-        for limit_name, used_name in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
             limit = _text(folder / limit_name).strip()
             if limit.isdigit() and int(limit) < 1 << 60:  # version 1 writes a huge number for "no limit"
                 used = int(_text(folder / used_name).strip() or 0)
