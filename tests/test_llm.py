@@ -121,8 +121,8 @@ def test_the_checkpoint_recommends_and_the_caller_decides(tiny_folder: Path, tmp
 def test_too_long_names_both_lengths(tiny: LLM) -> None:
     with pytest.raises(BadRequestError, match=rf"the prompt has \d+ tokens, and the context holds {CONTEXT}"):
         tiny.stream("word " * 200)
-    with pytest.raises(BadRequestError, match=r"has \d+ tokens and max_tokens is 128, but the context holds 128") as e:
-        tiny.chat("hi", max_tokens=128)
+    with pytest.raises(BadRequestError, match=r"has \d+ tokens and max_tokens is 256, but the context holds 256") as e:
+        tiny.chat("hi", max_tokens=256)
     assert e.value.param == "max_tokens"
 
 

@@ -19,7 +19,7 @@ TEMPLATE = (
 )
 TEXT = ["def add(a, b):\n    return a + b\n", "the cat sat on the mat"] * 10
 PADDED_VOCABULARY = 320
-CONTEXT = 128
+CONTEXT = 256
 
 
 def write_tiny_checkpoint(folder: Path) -> Path:

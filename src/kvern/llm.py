@@ -23,6 +23,7 @@ from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig
 from kvern.engine import Engine, SamplingParams
 from kvern.errors import BadRequestError, CheckpointError, ConfigError
+from kvern.ops import native
 from kvern.text.detokenizer import Detokenizer
 from kvern.text.messages import Completion, FinishReason, MessageLike, SamplingOptions, as_messages
 from kvern.text.stop import StopMatcher
@@ -91,6 +92,7 @@ class LLM:
         self.fingerprint = _fingerprint(folder)
         if threads is not None:
             torch.set_num_threads(threads)
+            native.set_threads(threads)
         self.engine = engine or Engine(load(folder, dtype=_torch_dtype(dtype)), max_context=max_context)
 
     @property

@@ -74,7 +74,7 @@ def test_a_stream(sdk: openai.OpenAI, llm: LLM, include_usage: bool) -> None:
 
 
 def test_errors_arrive_typed(sdk: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"the prompt has .* tokens, and the context holds 128") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"the prompt has .* tokens, and the context holds 256") as caught:
         sdk.chat.completions.create(model="tiny-v3", messages=[{"role": "user", "content": "x " * 500}], stream=True)
     assert (caught.value.param, caught.value.code) == ("messages", "invalid_request_error")
     with pytest.raises(openai.NotFoundError) as missing:

@@ -1,0 +1,132 @@
+"""`kvern serve`: one model over HTTP, from a name or a folder to a URL and a curl line that can be pasted.
+
+The port is taken first and the memory is counted before any weight is read, so what cannot work fails at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvern import settings
+from kvern.errors import ConfigError, KvernError, NotEnoughMemoryError
+from kvern.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from kvern.llm import LLM
+
+HELP = "Serve a model over HTTP, as OpenAI's API. Settings also come from KVERN_* variables and kvern.toml."
+EXAMPLES = """\
+kvern serve                                  coder-0.5b on http://127.0.0.1:8000
+kvern serve ./my-model --port 9000 --max-context 8192
+KVERN_HOST=0.0.0.0 kvern serve --config team.toml
+"""
+GRACE_SECONDS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line: the settings."""
+    settings.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM, then let the running answer end."""
+    chosen = settings.load(settings.given(args), args.config)
+    with _listen(chosen.host, chosen.port) as listener:
+        folder = _model_folder(chosen.model)
+        print(check_memory(folder, chosen), file=sys.stderr, flush=True)
+        return _serve(chosen, listener)
+
+
+def check_memory(folder: Path, chosen: ServeSettings) -> str:
+    """Say what the model needs and what there is. Raises NotEnoughMemoryError with the numbers when it cannot fit."""
+    from kvern.config import ModelConfig
+    from kvern.plan.hardware import machine
+    from kvern.plan.memory import account
+
+    config = ModelConfig.load(folder)
+    counted, wide = account(config), 2 if chosen.dtype == "f32" or config.torch_dtype == "float32" else 1
+    in_memory = {"auto": counted.checkpoint_bytes, "bf16": 2 * counted.parameters, "f32": 4 * counted.parameters}
+    weights = in_memory[chosen.dtype]
+    context = min(chosen.max_context or config.max_position_embeddings, config.max_position_embeddings)
+    cache, available = wide * counted.cache_bytes(context), machine().memory_available
+    line = (
+        f"memory: {_gib(weights)} weights + {_gib(cache)} cache for {context:,} tokens "
+        f"= {_gib(weights + cache)} of {_gib(available)} available"
+    )
+    if weights + cache > available:
+        room = (available - weights) // (wide * counted.cache_bytes(1))
+        hint = f"--max-context {room} would fit" if room >= 2 else "a machine with more memory, or a smaller model"
+        raise NotEnoughMemoryError(f"{chosen.model} does not fit: {line}", hint=hint)
+    return line
+
+
+def banner(url: str, name: str) -> str:
+    """What to do with a server that is ready."""
+    body = {"model": name, "messages": [{"role": "user", "content": "Write a Python function that reverses a list."}]}
+    return (
+        f"{name} is ready on {url}/v1 (Ctrl-C stops it). Try:\n\n"
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  -d '{json.dumps({**body, 'temperature': 0})}'\n"
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            hint = f"another program listens there; try --port {port + 1 if port < 65535 else 0}"
+            raise KvernError(f"port {port} of {host} is in use", hint=hint) from error
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+
+
+def _model_folder(model: str) -> Path:
+    from kvern.cli.pull import download_progress
+    from kvern.llm import resolve
+
+    with download_progress() as progress:
+        return resolve(model, progress)
+
+
+def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
+    import uvicorn
+
+    from kvern.llm import LLM
+    from kvern.server.app import create_app
+
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    failures: list[KvernError] = []
+
+    def load() -> LLM:
+        return LLM(chosen.model, dtype=chosen.dtype, max_context=chosen.max_context, threads=chosen.threads)
+
+    def loaded(result: LLM | KvernError) -> None:
+        if isinstance(result, KvernError):
+            failures.append(result)
+            server.should_exit = True
+        else:
+            print(banner(url, result.name), flush=True)
+
+    config = uvicorn.Config(
+        create_app(load, chosen, loaded), log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS
+    )
+    server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn acts on them, then raises them again; stopping is no error
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
