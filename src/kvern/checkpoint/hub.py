@@ -154,12 +154,12 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
 
 
 def _append(client: httpx.Client, route: str, part: Path, have: int, advance: Advance) -> None:
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with client.stream("GET", route, headers=headers) as answer:
         answer.raise_for_status()
         resumed = have and answer.status_code == httpx.codes.PARTIAL_CONTENT
         with part.open("ab" if resumed else "wb") as stream:
-            for chunk in answer.iter_bytes(CHUNK_BYTES):
+            for chunk in answer.iter_raw():
                 stream.write(chunk)
                 advance(stream.tell())
 
@@ -190,6 +190,6 @@ def _status_error(what: str, status: int, url: str) -> DownloadError:
     hints = {
         401: "the repository may need a token: set HF_TOKEN",
         403: "accept the model's terms on its page, then set HF_TOKEN",
-        404: "the file or revision is gone from the hub; try --source index",
+        404: "the pinned file or revision is not there; the package index has the small models",
     }
     return DownloadError(f"{what}: {url} answered {status}", hint=hints.get(status, "try again later"))
