@@ -41,9 +41,10 @@ FEW_ROWS = {
 }
 """(x.dtype, weight.dtype) -> rows of x up to which the kernels beat conversion plus torch.
 
-Zen 4, AVX-512, one thread, weight 2048x7168, times faster than conversion plus torch at 1 / 4 / 16 / 64 rows: FP32 x FP8
-2.7 / 3.5 / 1.6 / 1.3, FP32 x BF16 2.3 / 3.0 / 1.4 / 1.15, FP32 x FP32 1.2 / 1.8 / 1.0 / 0.96, BF16 x FP8 3.4 / 2.4 /
-0.9 / 0.6, BF16 x BF16 1.8 / 1.2 / 0.5 / 0.5 (torch has BF16 dot products there, these kernels compute in FP32).
+Zen 4, AVX-512, one thread, weight 2048x7168, times faster than conversion plus torch at 1 / 4 / 16 / 64 rows:
+FP32 x FP8 2.7 / 3.5 / 1.6 / 1.3, FP32 x BF16 2.3 / 3.0 / 1.4 / 1.15, FP32 x FP32 1.2 / 1.8 / 1.0 / 0.96,
+BF16 x FP8 3.4 / 2.4 / 0.9 / 0.6, BF16 x BF16 1.8 / 1.2 / 0.5 / 0.5 (torch has BF16 dot products there, these kernels
+compute in FP32).
 """
 
 DENSE_BYTES = 4 << 20
@@ -161,7 +162,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.kvern_read.argtypes = [pointer, size]
     lib.kvern_read.restype = ctypes.c_uint64
     lib.kvern_dequantize.argtypes = [pointer, code, pointer, size, pointer, size, size, size]
-    y_x_weight = [pointer, code, pointer, code, pointer, code, size]
+    y_x_weight: list[Any] = [pointer, code, pointer, code, pointer, code, size]
     lib.kvern_linear.argtypes = [*y_x_weight, pointer, size, pointer, code, size, size, size]
 
 
