@@ -46,7 +46,6 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
-    TREE = "/api/models/org/model/tree"
 
     def do_GET(self) -> None:
         hub = self.hub

@@ -308,6 +308,8 @@ def test_import_needs_a_pull_and_happens_once(tmp_path: Path, monkeypatch: pytes
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     assert ensure_imported(folder) == folder
     assert ensure_imported(file, "fp8") != folder
+    write_gguf(file, random_model("qwen2", seed=1), "qwen2")
+    assert ensure_imported(file, "f32") != folder
 
 
 def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -54,7 +54,10 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Hub:
-    """A hub by its URL. Timeouts are seconds: to connect, and between two pieces of an answer."""
+    """A hub by its URL. Timeouts are seconds: to connect, and between two pieces of an answer.
+
+    HF_TOKEN, where it is set, is sent to this URL (not along redirects to other hosts).
+    """
 
     url: str = HUB_URL
     connect_timeout: float = 5.0

