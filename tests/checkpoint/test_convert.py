@@ -257,7 +257,7 @@ def test_a_changed_source_is_noticed(tiny_bf16: Path, copied: Callable[[Path], P
     os.utime(CheckpointReader(src).files()[0], (1, 1))
     with pytest.raises(CheckpointError, match="another source"):
         convert(src, tmp_path / "out", dtype="fp8")
-    with pytest.raises(CheckpointError, match="another options"):
+    with pytest.raises(CheckpointError, match="another dtype than bf16"):
         convert(src, tmp_path / "out", dtype="bf16")
 
 

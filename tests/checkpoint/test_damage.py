@@ -200,7 +200,8 @@ def test_unknown_tensor(tiny_bf16: Path) -> None:
         ({"a": entry(0, 1, {})}, b"1", "a: shape []"),  # type: ignore[arg-type]
         ({"a": entry(0, 4, [3])}, b"1234", "a: U8 [3] takes 3 bytes, data_offsets hold 4"),
         ({"a": entry(4, 0, [4])}, b"1234", "a: U8 [4] takes 4 bytes"),
-        ({"a": entry(0, 4, [2**62, 2**62], "F32")}, b"1234", "a: F32"),
+        ({"a": entry(0, 4, [2**62, 4], "F32")}, b"1234", "a: shape [4611686018427387904, 4] is beyond"),
+        ({"a": entry(0, 0, [0, 2**70])}, b"", "a: shape [0, 1180591620717411303424] is beyond"),
         ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}, b"1", "a: data_offsets [0]"),
         ({"a": {"dtype": "U8", "shape": [1], "data_offsets": [-1, 0]}}, b"1", "a: data_offsets [-1, 0]"),
         ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", "b: data overlaps"),
@@ -240,7 +241,7 @@ json_values = st.recursive(
 likely_entries = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "U8", "F8_E4M3", "BF16", "?"]) | json_values,
-        "shape": st.lists(st.integers(-1, 5), max_size=3) | json_values,
+        "shape": st.lists(st.integers(-1, 5) | st.just(2**62), max_size=3) | json_values,
         "data_offsets": st.lists(st.integers(-2, 40), min_size=2, max_size=2) | json_values,
     }
 )

@@ -132,7 +132,8 @@ def test_a_finished_checkpoint_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"source": "other"}, "another source"), ({"options": {"dtype": "y"}}, "another options: ")]
+    ("changes", "said"),
+    [({"source": "other"}, "of another source"), ({"options": {"dtype": "y"}}, "with another dtype than y")],
 )
 def test_another_conversion_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     write(tmp_path / "out", planned())
@@ -240,6 +241,11 @@ def test_a_model_is_saved_as_it_was_loaded(tmp_path: Path, tiny_fp8: Path) -> No
     assert set(after.names()) == set(before.names())
     for name in before.names():
         assert bytes(after.raw(name)) == bytes(before.raw(name))
+
+
+def test_a_model_without_data_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: tensor is on the meta device"):
+        save_model(Transformer(CONFIG), tmp_path / "out", config=CONFIG)
 
 
 def test_the_671b_export_has_the_official_names_dtypes_and_bytes() -> None:

@@ -42,7 +42,7 @@ def test_converts_and_says_what_it_wrote(source: Path, tmp_path: Path, capsys: p
 
 def test_force_starts_again(source: Path, tmp_path: Path) -> None:
     run(str(source), str(tmp_path / "out"), "--dtype", "fp8")
-    with pytest.raises(CheckpointError, match="another options"):
+    with pytest.raises(CheckpointError, match="another dtype than bf16"):
         run(str(source), str(tmp_path / "out"), "--dtype", "bf16")
     run(str(source), str(tmp_path / "out"), "--dtype", "bf16", "--force")
     assert CheckpointReader(tmp_path / "out").config.quantization_config is None

@@ -144,6 +144,8 @@ def _spec(path: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
     if not _are_counts(offsets) or len(offsets) != 2:
         raise _Refused(f"data_offsets {offsets!r} are not two counts", name)
     start, end = offsets
+    if math.prod(max(1, size) for size in shape) * _ITEM_BYTES[dtype] >= 2**63:
+        raise _Refused(f"shape {shape} is beyond any memory", name)
     expected = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - start != expected:
         raise _Refused(f"{dtype} {shape} takes {expected} bytes, data_offsets hold {end - start}", name)

@@ -213,12 +213,19 @@ def _check_record(dst: Path, begun: dict[str, Any], record: dict[str, Any], forc
         return
     changed = [key for key in ("options", "source", "layout") if begun.get(key) != record[key]]
     if changed:
-        detail = f": {begun.get('options')}, not {record['options']}" if "options" in changed else ""
         raise CheckpointError(
-            f"holds a conversion with another {changed[0]}{detail}",
+            f"holds a conversion {_difference(changed[0], begun, record)}",
             file=dst,
             hint="choose another destination, or start again with --force",
         )
+
+
+def _difference(key: str, begun: dict[str, Any], record: dict[str, Any]) -> str:
+    there, wanted = begun.get("options"), record["options"]
+    if key != "options":
+        return "of another source" if key == "source" else "to another layout of tensors"
+    names = sorted(name for name in wanted if not isinstance(there, dict) or there.get(name) != wanted[name])
+    return "with another " + " and ".join(f"{name} than {wanted[name]}" for name in names)
 
 
 def _remove_written(dst: Path, begun: dict[str, Any]) -> None:
@@ -282,6 +289,8 @@ def _data(planned: PlannedTensor) -> memoryview:
                 f"planned as {planned.dtype} {list(planned.shape)}, made as {made.dtype} {list(made.shape)}",
                 tensor=planned.name,
             )
+        if made.is_meta:
+            raise CheckpointError("tensor is on the meta device and holds no data", tensor=planned.name)
         data = made.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     if len(data) != planned.nbytes:
         raise CheckpointError(f"planned with {planned.nbytes} bytes, made with {len(data)}", tensor=planned.name)

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
 def summary(done: Conversion, destination: Path, seconds: float) -> Iterator[str]:
     """What a person wants to know afterwards."""
     tensors = sum(len(shard) for shard in done.shards)
-    yield f"{destination}: {tensors:,} tensors, {_size(done.nbytes)} in {len(done.shards)} files, {seconds:.1f} s"
+    files = "1 file" if len(done.shards) == 1 else f"{len(done.shards)} files"
+    yield f"{destination}: {tensors:,} tensors, {_size(done.nbytes)} in {files}, {seconds:.1f} s"
     if done.cost is not None:
         yield "cost of the import      source        as V3"
         imported, source = _size(done.cost.imported_bytes), _size(done.cost.source_bytes)
