@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from kvern.engine import SamplingParams
 from kvern.errors import CheckpointError, KvernError
 from kvern.llm import LLM, Piece
 from kvern.server.generate import HAND_OVER, _HandOver
+from kvern.server.routes import EventStream
 
 CHAT = {"model": "tiny-v3", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -137,6 +138,34 @@ def test_a_reader_that_stops_holds_the_worker() -> None:
         return before, worker.is_alive()
 
     assert asyncio.run(run()) == (HAND_OVER + 1, False)
+
+
+def test_a_stream_that_is_cut_while_it_sends_closes_its_source() -> None:
+    """Not when the garbage collector comes round: the reference held here keeps it away."""
+    closed = False
+
+    async def events() -> AsyncGenerator[bytes]:
+        nonlocal closed
+        try:
+            yield b"data: 1\n\n"
+        finally:
+            closed = True
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    source = events()
+
+    async def run() -> bool:
+        await EventStream(source)({"type": "http"}, receive, send)
+        return closed
+
+    assert asyncio.run(run())
 
 
 @pytest.mark.parametrize("stream", [True, False])

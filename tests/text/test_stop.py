@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvern.text.stop import StopMatcher, held_back
@@ -29,6 +29,8 @@ def expected(stops: list[str], text: str) -> tuple[str, bool]:
     return text, False
 
 
+@example(stops=["aab<", "ab"], text="aab<", cuts=[])
+@example(stops=["ab", "aab"], text="aab", cuts=[2])
 @given(stops=STOPS, text=TEXT, cuts=st.lists(st.integers(0, 24)))
 def test_every_split_gives_the_same_text(stops: list[str], text: str, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
