@@ -22,7 +22,9 @@ from kvern.checkpoint.pull import ensure_imported
 from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig
 from kvern.engine import Engine, SamplingParams
+from kvern.engine.dtype import choose
 from kvern.errors import BadRequestError, CheckpointError, ConfigError
+from kvern.model import Transformer
 from kvern.ops import native
 from kvern.text.detokenizer import Detokenizer
 from kvern.text.messages import Completion, FinishReason, MessageLike, SamplingOptions, as_messages
@@ -31,7 +33,7 @@ from kvern.text.template import ChatTemplate
 from kvern.text.tokenizer import Tokenizer
 
 Dtype: TypeAlias = Literal["auto", "bf16", "f32"]
-DTYPES: dict[str, torch.dtype | None] = {"auto": None, "bf16": torch.bfloat16, "f32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 class TokenEngine(Protocol):
@@ -93,7 +95,7 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(threads)
             native.set_threads(threads)
-        self.engine = engine or Engine(load(folder, dtype=_torch_dtype(dtype)), max_context=max_context)
+        self.engine = engine or Engine(_load(folder, dtype), max_context=max_context)
 
     @property
     def max_context(self) -> int:
@@ -206,10 +208,14 @@ def served_name(model: str | Path) -> str:
     return path.resolve().name if path.exists() else str(model)
 
 
-def _torch_dtype(dtype: str) -> torch.dtype | None:
+def _load(folder: Path, dtype: str) -> Transformer:
+    """Open the weights. "auto" measures which dtypes this machine multiplies fastest (under a second)."""
+    if dtype == "auto":
+        choice = choose(ModelConfig.load(folder))
+        return load(folder, dtype=choice.weight_dtype, activation_dtype=choice.activation_dtype)
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    return DTYPES[dtype]
+        raise ConfigError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    return load(folder, dtype=DTYPES[dtype])
 
 
 def _stop_ids(folder: Path, recommended: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:

@@ -28,16 +28,23 @@ DERIVED = ".rotary_emb.inv_freq"
 """Some files of the family carry RoPE frequencies; the model computes them from config.json."""
 
 
-def load(folder: Path | str, *, dtype: torch.dtype | None = None, mtp: bool = False) -> Transformer:
+def load(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    activation_dtype: torch.dtype | None = None,
+    mtp: bool = False,
+) -> Transformer:
     """The model in `folder`, in eval mode and without gradients; its parameters are mapped views of the files.
 
-    dtype: None keeps every weight as stored; float32 or bfloat16 holds all Linear weights in memory in that dtype and
-    computes in it. mtp: with the MTP layers; False skips their tensors. Raises CheckpointError naming file and tensor
-    when a tensor is missing, unexpected, or has another shape or kind than config.json implies.
+    dtype: None keeps every weight as stored; float32 or bfloat16 holds all Linear weights in memory in that dtype.
+    activation_dtype: what flows between layers; None: `dtype`, or else config.json's torch_dtype. mtp: with the MTP
+    layers; False skips their tensors. Raises CheckpointError naming file and tensor when a tensor is missing,
+    unexpected, or has another shape or kind than config.json implies.
     """
     with _collector_paused():
         reader = CheckpointReader(folder)
-        model = Transformer(reader.config, activation_dtype=dtype, mtp=mtp)
+        model = Transformer(reader.config, activation_dtype=activation_dtype or dtype, mtp=mtp)
         loader = _Loader(reader, dtype)
         for prefix, module in model.named_modules():
             loader.fill(prefix + "." if prefix else "", module)
