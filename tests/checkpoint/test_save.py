@@ -200,6 +200,8 @@ def test_too_small_a_disk_is_noticed_beforehand(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(CheckpointError, match=r"disk is too small: [\d,]+ bytes are needed, 10 are free"):
         write(tmp_path / "out", planned())
+    monkeypatch.undo()
+    write(tmp_path / "out", planned(), options={"dtype": "smaller"})
 
 
 def test_a_disk_that_fills_up_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +219,12 @@ def test_a_disk_that_fills_up_is_said_so(tmp_path: Path, monkeypatch: pytest.Mon
         write(tmp_path / "out", planned())
     assert caught.value.hint is not None
     assert not (tmp_path / "out/config.json").exists()
+
+
+def test_killed_while_the_record_was_written(tmp_path: Path) -> None:
+    (tmp_path / "conversion.json.part").write_text("{")
+    write(tmp_path, planned())
+    assert not (tmp_path / "conversion.json.part").exists()
 
 
 def test_a_destination_that_cannot_be_a_folder(tmp_path: Path) -> None:
@@ -241,6 +249,15 @@ def test_a_model_is_saved_as_it_was_loaded(tmp_path: Path, tiny_fp8: Path) -> No
     assert set(after.names()) == set(before.names())
     for name in before.names():
         assert bytes(after.raw(name)) == bytes(before.raw(name))
+
+
+def test_a_model_that_changed_does_not_pass_for_the_saved_one(tmp_path: Path, tiny_bf16: Path) -> None:
+    model = load(tiny_bf16)
+    for _ in range(2):
+        save_model(model, tmp_path / "out", config=model.config)
+    model.model.norm.weight.data.mul_(2)
+    with pytest.raises(CheckpointError, match="of another source"):
+        save_model(model, tmp_path / "out", config=model.config)
 
 
 def test_a_model_without_data_is_not_saved(tmp_path: Path) -> None:

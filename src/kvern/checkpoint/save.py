@@ -111,10 +111,14 @@ def write_checkpoint(
     """
     planned = place_shards(dst, shards)
     record = _record(planned, files, source, options or {})
-    with _claimed(dst, record, force):
+    with _locked(dst):
+        _check_owner(dst, record, force)
         if (dst / CONFIG_FILE).is_file():
             return
-        _write_shards(planned, progress)
+        todo = [shard for shard in planned if not shard.is_written()]
+        _check_space(todo)
+        write_file(dst / CONVERSION_FILE, json_bytes(record))
+        _write_shards(todo, sum(shard.nbytes for shard in planned), progress)
         for name, content in files.items():
             write_file(dst / name, content)
         if len(planned) > 1:
@@ -135,15 +139,27 @@ def save_model(
     dst: Path,
     *,
     config: ModelConfig,
+    source: str | None = None,
     files: Mapping[str, bytes] | None = None,
-    source: str = "model",
     max_shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     force: bool = False,
 ) -> None:
-    """Write a model as it is in memory. `source` names this state (a step, say): it decides whether a call resumes."""
-    shards = plan_shards(planned_from_model(model), max_shard_bytes)
+    """Write a model as it is in memory.
+
+    `source` names this very state (run and step, say), see `write_checkpoint`; None takes the SHA-256 of the weights.
+    """
+    tensors = planned_from_model(model)
+    source = source or _content_hash(tensors)
+    shards = plan_shards(tensors, max_shard_bytes)
     write_checkpoint(dst, config, shards, files=files or {}, source=source, progress=progress, force=force)
+
+
+def _content_hash(tensors: Iterable[PlannedTensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_data(tensor))
+    return digest.hexdigest()
 
 
 def place_shards(dst: Path, shards: Sequence[Sequence[PlannedTensor]]) -> list[PlacedShard]:
@@ -175,36 +191,38 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def _claimed(dst: Path, record: dict[str, Any], force: bool) -> Iterator[None]:
-    """Hold `dst` against other writers, having made sure that what it holds is ours."""
-    with _locked(dst):
-        path = dst / CONVERSION_FILE
-        if path.is_file():
-            _check_record(dst, read_json(path), record, force)
-        elif any(dst.iterdir()):
-            raise CheckpointError(
-                "folder is not empty and was not written by `kvern convert`",
-                file=dst,
-                hint="choose another destination, or empty this folder yourself",
-            )
-        write_file(path, json_bytes(record))
-        yield
-
-
-@contextmanager
 def _locked(dst: Path) -> Iterator[None]:
+    """Hold the folder `dst`, made if need be, against other writers."""
     try:
         dst.mkdir(parents=True, exist_ok=True)
         folder = os.open(dst, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise _write_error(error, dst) from error
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(folder, dst)
         yield
-    except BlockingIOError:
-        raise CheckpointError("another process is writing here", file=dst, hint="wait until it is done") from None
     finally:
         os.close(folder)
+
+
+def _lock(folder: int, dst: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError("another process is writing here", file=dst, hint="wait until it is done") from None
+
+
+def _check_owner(dst: Path, record: dict[str, Any], force: bool) -> None:
+    """Refuse a folder that holds anything but the beginning of this conversion; with `force`, clear what was ours."""
+    path = dst / CONVERSION_FILE
+    if path.is_file():
+        _check_record(dst, read_json(path), record, force)
+    elif any(file != _part(path) for file in dst.iterdir()):
+        raise CheckpointError(
+            "folder is not empty and was not written by `kvern convert`",
+            file=dst,
+            hint="choose another destination, or empty this folder yourself",
+        )
 
 
 def _check_record(dst: Path, begun: dict[str, Any], record: dict[str, Any], force: bool) -> None:
@@ -237,11 +255,8 @@ def _remove_written(dst: Path, begun: dict[str, Any]) -> None:
             _part(dst / name).unlink(missing_ok=True)
 
 
-def _write_shards(shards: Sequence[PlacedShard], progress: Progress | None) -> None:
-    todo = [shard for shard in shards if not shard.is_written()]
-    total = sum(shard.nbytes for shard in shards)
+def _write_shards(todo: Sequence[PlacedShard], total: int, progress: Progress | None) -> None:
     done = total - sum(shard.nbytes for shard in todo)
-    _check_space(todo)
     for shard in todo:
         try:
             done = _write_shard(shard, done, total, progress)
