@@ -30,6 +30,9 @@ PROMPTS = [
     "<|fim_prefix|>def mean(values):\n    <|fim_suffix|>\n    return total / len(values)<|fim_middle|>",
 ]
 TOKENS = 200
+LOGIT_TOLERANCE = 5e-5
+"""On the second prompt transformers' Qwen2 in fp32 is itself 2.3e-5 of the largest logit away from its float64 logits
+(the import: 4e-6); on the other prompts both are within 2e-6."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,10 @@ def standard_library() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("first", "step"),
-    [pytest.param(0, 12, id="150 files"), pytest.param(0, 1, id="all files", marks=pytest.mark.slow)],
+    [
+        pytest.param(0, 12, id="150 files"),
+        pytest.param(0, 1, id="all files", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_tokenizer_ids_equal_transformers(first: int, step: int, gguf: Path, tokenizer: Tokenizer) -> None:
     theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -102,7 +108,7 @@ def test_greedy_text_equals_transformers(
             found_logits = model(ForwardBatch.of(ids))
         difference = float((found_logits - expected_logits).abs().max() / expected_logits.abs().max())
         record_property("logit difference", difference)
-        assert difference < 1e-5, prompt
+        assert difference < LOGIT_TOLERANCE, prompt
         assert list(engine.generate(ids, params)) == expected, prompt
 
 
