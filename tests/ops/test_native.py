@@ -162,6 +162,13 @@ def test_infinities_and_nans_of_x_pass_through() -> None:
     assert torch.equal(native.linear(x, weight, scale), reference.linear(x, weight, scale))
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_nothing_of_an_earlier_call_leaks_into_the_padding(rows: int) -> None:
+    x, weight, scale, bias = make(rows, 20, 256, FP8)
+    native.linear(torch.full_like(x, float("inf")), weight, scale)
+    check(x[:, :70].contiguous(), weight[:, :70], None if scale is None else scale[:, :1], bias)
+
+
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_views_need_no_copy_and_batches_keep_their_shape(dtype: torch.dtype) -> None:
     x, weight, scale, _ = make(6, 256, 384, dtype)
