@@ -207,7 +207,8 @@ class GGUFSource:
             ) from None
         except ValueError as error:
             raise CheckpointError(str(error), file=self.path, tensor=gguf_name) from error
-        return torch.from_numpy(np.array(values, dtype=np.float32)).view(self._shape(gguf_name))
+        owned = values if values.flags.writeable else values.copy()
+        return torch.from_numpy(owned).float().view(self._shape(gguf_name))
 
 
 def _open(path: Path) -> GGUFReader:

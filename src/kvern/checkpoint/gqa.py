@@ -131,6 +131,9 @@ class _Rows:
     make: Callable[[], torch.Tensor]
     scale: float = 1.0
 
+    def scaled(self) -> torch.Tensor:
+        return self.make() if self.scale == 1.0 else self.make() * self.scale
+
 
 class _Quantized:
     """Blocks of an FP8 weight. The weight and its scales are written one after the other: compute both once.
@@ -229,7 +232,8 @@ class _Plan:
 
     def _joined(self, name: str, size: tuple[int, ...], pieces: Sequence[_Rows]) -> PlannedTensor:
         def make() -> torch.Tensor:
-            return torch.cat([(piece.make() * piece.scale).to(self.storage) for piece in pieces])
+            made = [piece.scaled().to(self.storage) for piece in pieces]
+            return made[0] if len(made) == 1 else torch.cat(made)
 
         return PlannedTensor(name, self.storage, size, make)
 
