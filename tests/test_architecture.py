@@ -19,14 +19,16 @@ def defined(tree: ast.Module, dotted: str) -> bool:
     """Whether the module defines the function or class, or the class the method, of this dotted name."""
     body: list[ast.stmt] = tree.body
     for part in dotted.split("."):
-        nodes = [n for n in body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and n.name == part]
+        nodes = [
+            n for n in body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and n.name == part
+        ]
         if not nodes:
             return False
         body = nodes[-1].body
     return True
 
 
-@pytest.mark.parametrize(("file", "name"), STEPS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("file", "name"), STEPS, ids=str)
 def test_every_step_of_the_architecture_page_exists(file: str, name: str) -> None:
     assert defined(ast.parse((SOURCE / file).read_text()), name)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvern.engine.cache import SequenceCache
 from kvern.engine.sampler import SamplingParams, sample
+from kvern.engine.threads import threads_for
 from kvern.errors import BadRequestError
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.attention import Attention
@@ -74,7 +75,8 @@ class Engine:
             cache=cache,
             logits_at=torch.tensor([len(tokens) - 1]),
         )
-        logits: Tensor = self.model(batch)
+        with threads_for(len(tokens), start + len(tokens)):
+            logits: Tensor = self.model(batch)
         return logits[0]
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
