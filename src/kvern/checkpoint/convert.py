@@ -23,7 +23,7 @@ from kvern.checkpoint.gqa import ImportCost, import_cost, plan_import
 from kvern.checkpoint.gqa_source import SourceModel
 from kvern.checkpoint.header import TensorSpec
 from kvern.checkpoint.load import load
-from kvern.checkpoint.quantize import FP8, SCALE_SUFFIX, dequantize, quantize, scale_shape
+from kvern.checkpoint.quantize import FP8, SCALE_SUFFIX, QuantizedWeight, Rows, dequantize, scale_shape
 from kvern.checkpoint.reader import (
     CONFIG_FILE,
     CONVERSION_FILE,
@@ -196,7 +196,7 @@ def _head_in_fp8(tensor: PlannedTensor) -> Iterable[PlannedTensor]:
         assert isinstance(made, torch.Tensor)
         return made
 
-    return _Quantized(tensor.name, tensor.shape, read, ue8m0=False).planned()
+    return _quantized(tensor.name, tensor.shape, read)
 
 
 def _plan_family(
@@ -262,7 +262,7 @@ class _FamilyPlan:
             return
         elif self.dtype == "fp8" and self._quantizes(spec.name):
             read = partial(self.reader.tensor, spec.name)
-            yield from _Quantized(spec.name, spec.shape, read, self.ue8m0).planned()
+            yield from _quantized(spec.name, spec.shape, read, ue8m0=self.ue8m0)
         else:
             yield self._cast(spec)
 
@@ -309,30 +309,12 @@ class _FamilyPlan:
         return FLOAT_OF[self.dtype]
 
 
-class _Quantized:
-    """A weight to be quantised, written as two tensors one after the other and computed once."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor], ue8m0: bool) -> None:
-        self.name, self.shape, self.read, self.ue8m0 = name, shape, read, ue8m0
-        self._scale: torch.Tensor | None = None
-
-    def planned(self) -> list[PlannedTensor]:
-        assert len(self.shape) == 2
-        rows, columns = self.shape
-        return [
-            PlannedTensor(self.name, FP8, self.shape, self.weight),
-            PlannedTensor(self.name + SCALE_SUFFIX, torch.float32, scale_shape((rows, columns)), self.scale),
-        ]
-
-    def weight(self) -> torch.Tensor:
-        try:
-            weight, self._scale = quantize(self.read(), ue8m0=self.ue8m0)
-        except CheckpointError as error:
-            raise CheckpointError(error.message, tensor=self.name) from error
-        return weight
-
-    def scale(self) -> torch.Tensor:
-        if self._scale is None:
-            self.weight()
-        assert self._scale is not None
-        return self._scale
+def _quantized(
+    name: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor], *, ue8m0: bool = False
+) -> list[PlannedTensor]:
+    """A weight in FP8 and its scales."""
+    made = QuantizedWeight(name, [Rows(read)], ue8m0=ue8m0)
+    return [
+        PlannedTensor(name, FP8, shape, made.weight),
+        PlannedTensor(name + SCALE_SUFFIX, torch.float32, scale_shape(shape), made.scale),
+    ]

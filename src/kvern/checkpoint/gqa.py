@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from kvern.checkpoint.gqa_source import GQAShape, SourceModel, read_shape
-from kvern.checkpoint.quantize import BLOCK, FP8, quantize, scale_shape
+from kvern.checkpoint.quantize import BLOCK, FP8, QuantizedWeight, Rows, scale_shape
 from kvern.checkpoint.save import PlannedTensor
 from kvern.config import ModelConfig, QuantizationConfig, RopeScaling
 from kvern.errors import CheckpointError, UnsupportedModelError
@@ -124,40 +124,6 @@ def value_pick(heads: int, kv_heads: int, head_dim: int) -> torch.Tensor:
     return pick.view(heads * head_dim, kv_heads * head_dim)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a weight: made in float32, to be multiplied by `scale`, a power of two."""
-
-    make: Callable[[], torch.Tensor]
-    scale: float = 1.0
-
-    def scaled(self) -> torch.Tensor:
-        return self.make() if self.scale == 1.0 else self.make() * self.scale
-
-
-class _Quantized:
-    """Blocks of an FP8 weight. The weight and its scales are written one after the other: compute both once.
-
-    Scales carry the factor of their rows, so delta never meets the clamp of the block maximum. Every piece but the last
-    must be a multiple of 128 rows, or blocks would be shared.
-    """
-
-    def __init__(self, pieces: Sequence[_Rows]) -> None:
-        self.pieces = pieces
-        self._scale: torch.Tensor | None = None
-
-    def weight(self) -> torch.Tensor:
-        quantized = [quantize(piece.make()) for piece in self.pieces]
-        self._scale = torch.cat([scale * piece.scale for piece, (_, scale) in zip(self.pieces, quantized, strict=True)])
-        return torch.cat([weight for weight, _ in quantized])
-
-    def scale(self) -> torch.Tensor:
-        if self._scale is None:
-            self.weight()
-        assert self._scale is not None
-        return self._scale
-
-
 class _Plan:
     """Walks the V3 model in the order of its layers and says where each tensor comes from."""
 
@@ -207,19 +173,19 @@ class _Plan:
         queries = self._rows(f"{attn}.q_proj.bias", (q_rank,), scale=DELTA)
         values = self._rows(f"{attn}.v_proj.bias", (rank,), scale=DELTA)
         keys = self._rows(f"{attn}.k_proj.bias", (rank,), order)
-        output = _Rows(partial(torch.zeros, shape.hidden_size))
+        output = Rows(partial(torch.zeros, shape.hidden_size))
         if shape.o_bias:
             output = self._rows(f"{attn}.o_proj.bias", (shape.hidden_size,))
         yield self._joined(f"{attn}.q_a_proj.bias", (q_rank,), [queries])
         yield self._joined(f"{attn}.kv_a_proj_with_mqa.bias", (2 * rank,), [values, keys])
         yield self._joined(f"{attn}.o_proj.bias", (shape.hidden_size,), [output])
 
-    def _rows(self, name: str, size: tuple[int, ...], order: torch.Tensor | None = None, scale: float = 1.0) -> _Rows:
+    def _rows(self, name: str, size: tuple[int, ...], order: torch.Tensor | None = None, scale: float = 1.0) -> Rows:
         def make() -> torch.Tensor:
             rows = self._read(name, size)
             return rows if order is None else rows[order]
 
-        return _Rows(make, scale)
+        return Rows(make, scale)
 
     def _read(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
         tensor = self.source.tensor(name)
@@ -230,18 +196,18 @@ class _Plan:
     def _copied(self, name: str, size: tuple[int, ...], source_name: str | None = None) -> PlannedTensor:
         return self._joined(name, size, [self._rows(source_name or name, size)])
 
-    def _joined(self, name: str, size: tuple[int, ...], pieces: Sequence[_Rows]) -> PlannedTensor:
+    def _joined(self, name: str, size: tuple[int, ...], pieces: Sequence[Rows]) -> PlannedTensor:
         def make() -> torch.Tensor:
             made = [piece.scaled().to(self.storage) for piece in pieces]
             return made[0] if len(made) == 1 else torch.cat(made)
 
         return PlannedTensor(name, self.storage, size, make)
 
-    def _linear(self, module: str, size: tuple[int, int], pieces: Sequence[_Rows]) -> Iterator[PlannedTensor]:
+    def _linear(self, module: str, size: tuple[int, int], pieces: Sequence[Rows]) -> Iterator[PlannedTensor]:
         if not self._in_fp8(module):
             yield self._joined(f"{module}.weight", size, pieces)
             return
-        quantized = _Quantized(pieces)
+        quantized = QuantizedWeight(f"{module}.weight", pieces)
         yield PlannedTensor(f"{module}.weight", FP8, size, quantized.weight)
         yield PlannedTensor(f"{module}.weight_scale_inv", torch.float32, scale_shape(size), quantized.scale)
 

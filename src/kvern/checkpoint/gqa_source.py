@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
+from kvern.config import read_scaling
 from kvern.errors import ConfigError, UnsupportedModelError
+from kvern.model.rope import inverse_frequencies as rotary_frequencies
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """`model_type`s whose layers are exactly RoPE + grouped-query attention + RMSNorm + SwiGLU."""
@@ -26,6 +28,7 @@ FAMILIES = ("llama", "mistral", "qwen2")
 MAX_WIDTH = 1 << 20
 """Heads times head size beyond which a config is taken as damaged (the largest known model has 16,384)."""
 
+_NOT_SCALING = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _PER_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "chameleon", "cohere", "cohere2")
 
 _ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -204,23 +207,21 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def inverse_frequencies(rope: Mapping[str, Any], dim: int, max_positions: int) -> tuple[torch.Tensor, float]:
     """Inverse frequencies [dim / 2] float32 and the factor on cos and sin, for any static `rope_type`."""
-    kind = rope["rope_type"]
-    plain = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    original = rope.get("original_max_position_embeddings") or max_positions
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    plain = rotary_frequencies(theta, dim, None)
     try:
         if kind == "default":
             return plain, 1.0
         if kind == "linear":
             return plain / rope["factor"], 1.0
         if kind == "llama3":
-            return _llama3(plain, rope, original), 1.0
-        if kind == "yarn":
-            factor = rope.get("factor") or max_positions / original
-            return _yarn(plain, rope, dim, factor, original), _yarn_attention_factor(rope, factor)
-        if kind == "longrope":
-            return _longrope(plain, rope, max_positions, original)
+            return _llama3(plain, rope, rope.get("original_max_position_embeddings") or max_positions), 1.0
     except KeyError as missing:
         raise ConfigError(f"rope_scaling of type {kind} has no {missing.args[0]}", param="rope_scaling") from None
+    if kind in ("yarn", "longrope"):
+        keys = {key: value for key, value in rope.items() if key not in _NOT_SCALING}
+        scaling = read_scaling(kind, keys, max_positions)
+        return rotary_frequencies(theta, dim, scaling), scaling.rotation_factor
     raise _refusal("rope_scaling.rope_type", kind, "its frequencies are unknown here or change with the length")
 
 
@@ -232,43 +233,3 @@ def _llama3(plain: torch.Tensor, rope: Mapping[str, Any], original: int) -> torc
     blended = (1 - smooth) * plain / factor + smooth * plain
     slow, fast = wavelength > original / low, wavelength < original / high
     return torch.where(slow, plain / factor, torch.where(fast, plain, blended))
-
-
-def _yarn(plain: torch.Tensor, rope: Mapping[str, Any], dim: int, factor: float, original: int) -> torch.Tensor:
-    """Ramp from the plain frequency to plain / factor between the dimensions of beta_fast and beta_slow rotations."""
-
-    def dimension(rotations: float) -> float:
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
-
-    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    width = (high - low) or 0.001
-    keep = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
-    return plain / factor * (1 - keep) + plain * keep
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """The factor that YaRN puts on cos and sin: 0.1 ln(s) + 1, or the ratio of both mscales."""
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
-    return mscale(1.0)
-
-
-def _longrope(
-    plain: torch.Tensor, rope: Mapping[str, Any], max_positions: int, original: int
-) -> tuple[torch.Tensor, float]:
-    if rope["short_factor"] != rope["long_factor"]:
-        raise _refusal("rope_scaling.long_factor", "another list than short_factor", "it switches with the length")
-    factor = rope.get("factor") or max_positions / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return plain / torch.tensor(rope["short_factor"], dtype=torch.float32), float(attention)

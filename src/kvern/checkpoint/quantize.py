@@ -5,10 +5,13 @@ right and lower edge are ragged: 576 rows are four blocks of 128 and one of 64. 
 again gives the same bytes (with ue8m0 the same values: a block whose maximum rounds down to 224 halves its scale). The
 lower bound on amax, 1e-30, only keeps blocks of zeros finite: imported models hold rows scaled by 2^-24, which the
 training kernels' 1e-4 would flush. What it gives up: 2.6 % of a normal weight matrix's RMS.
-Source: DeepSeek-V3 technical report section 3.3; facts of the released checkpoint.
+Source: DeepSeek-V3 technical report section 3.3, inference/kernel.py, and the released checkpoint.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -52,6 +55,46 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = t
         rows, blocks = slice(row, row + step), slice(row // BLOCK, (row + step) // BLOCK)
         out[rows] = ops.dequantize(weight[rows], scale[blocks], dtype)
     return out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a weight, to be made in float32 and multiplied by `factor`, a power of two."""
+
+    make: Callable[[], torch.Tensor]
+    factor: float = 1.0
+
+    def scaled(self) -> torch.Tensor:
+        """The rows as they count."""
+        return self.make() if self.factor == 1.0 else self.make() * self.factor
+
+
+class QuantizedWeight:
+    """An FP8 weight and its scales, which are written one after the other: both are computed once, when asked for.
+
+    The scales carry the factor of their rows, so that a factor of 2^-24 never meets the bound on amax. Every piece but
+    the last must be a multiple of 128 rows, or pieces would share blocks.
+    """
+
+    def __init__(self, name: str, pieces: Sequence[Rows], *, ue8m0: bool = False) -> None:
+        self.name, self.pieces, self.ue8m0 = name, pieces, ue8m0
+        self._scale: torch.Tensor | None = None
+
+    def weight(self) -> torch.Tensor:
+        """The weight in E4M3. Raises CheckpointError, naming it, where a number is not finite."""
+        try:
+            made = [quantize(piece.make(), ue8m0=self.ue8m0) for piece in self.pieces]
+        except CheckpointError as error:
+            raise CheckpointError(error.message, tensor=self.name) from error
+        self._scale = torch.cat([scale * piece.factor for piece, (_, scale) in zip(self.pieces, made, strict=True)])
+        return torch.cat([weight for weight, _ in made])
+
+    def scale(self) -> torch.Tensor:
+        """The scales in float32."""
+        if self._scale is None:
+            self.weight()
+        assert self._scale is not None
+        return self._scale
 
 
 def _quantize_rows(rows: torch.Tensor, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,11 +74,10 @@ def _run(argv: list[str]) -> int:
 
 def _run_command(name: str, argv: list[str]) -> int:
     command = importlib.import_module(COMMANDS[name][0])
-    examples = command.EXAMPLES if isinstance(command.EXAMPLES, str) else "\n".join(command.EXAMPLES)
     parser = Parser(
         prog=f"kvern {name}",
         description=command.HELP,
-        epilog="examples:\n" + _indent(examples),
+        epilog="examples:\n" + _indent(command.EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvern.cli.progress import progress_bar, readable_bytes
 from kvern.errors import NotFoundError
 
 if TYPE_CHECKING:
     from kvern.checkpoint.convert import Conversion
-    from kvern.checkpoint.save import Progress
 
 HELP = "convert a checkpoint between FP8, BF16 and F32, or import a Llama or Qwen2 model"
 EXAMPLES = """\
@@ -23,7 +21,6 @@ kvern convert Qwen2.5-Coder-7B-Instruct coder-7b --dtype fp8
 kvern convert model.Q4_K_M.gguf my-model --dtype bf16
 kvern convert coder-0.5b coder-0.5b-fp8 --dtype fp8        (a model that `kvern pull` fetched)
 """
-SECONDS_BETWEEN_LINES = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from kvern.checkpoint.convert import convert
 
     started = time.monotonic()
-    with _progress(sys.stderr.isatty()) as progress:
+    with progress_bar() as progress:
         done = convert(
             _source(args.source),
             args.destination,
@@ -60,10 +57,10 @@ def summary(done: Conversion, destination: Path, seconds: float) -> Iterator[str
     """What a person wants to know afterwards."""
     tensors = sum(len(shard) for shard in done.shards)
     files = "1 file" if len(done.shards) == 1 else f"{len(done.shards)} files"
-    yield f"{destination}: {tensors:,} tensors, {_size(done.nbytes)} in {files}, {seconds:.1f} s"
+    yield f"{destination}: {tensors:,} tensors, {readable_bytes(done.nbytes)} in {files}, {seconds:.1f} s"
     if done.cost is not None:
         yield "cost of the import      source        as V3"
-        imported, source = _size(done.cost.imported_bytes), _size(done.cost.source_bytes)
+        imported, source = readable_bytes(done.cost.imported_bytes), readable_bytes(done.cost.source_bytes)
         yield f"  read for a token  {source:>10}   {imported:>10}   {done.cost.ratio:.2f}x (BF16)"
 
 
@@ -81,38 +78,3 @@ def _source(source: str) -> Path:
     if pulled is None:
         raise NotFoundError(f"{source} has not been pulled", hint=f"run `kvern pull {source}`")
     return pulled
-
-
-@contextmanager
-def _progress(terminal: bool) -> Iterator[Progress]:
-    if not terminal:
-        yield _line_printer()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    amounts = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*amounts, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, tensor: bar.update(task, completed=done, total=total, description=tensor)
-
-
-def _line_printer() -> Progress:
-    last = time.monotonic()
-
-    def report(done: int, total: int, tensor: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES or done == total:
-            last = now
-            print(f"{done / total:6.1%}  {_size(done)} of {_size(total)}  {tensor}", file=sys.stderr, flush=True)
-
-    return report
-
-
-def _size(count: int) -> str:
-    value, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.2f} {units[0]}"

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from kvern.plan.hardware import Machine
 
 HELP = "describe this machine, and what would make it faster"
-EXAMPLES = ["kvern doctor", "kvern doctor --model deepseek-v3", "kvern doctor --model ./my-model --json"]
+EXAMPLES = """\
+kvern doctor
+kvern doctor --model deepseek-v3
+kvern doctor --model ./my-model --json
+"""
 
 Report = dict[str, Any]
 

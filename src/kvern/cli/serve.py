@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     with _listen(chosen.host, chosen.port) as listener:
         folder = _model_folder(chosen.model)
         print(check_memory(folder, chosen), file=sys.stderr, flush=True)
+        _say_what_is_missing()
         return _serve(chosen, listener)
 
 
@@ -77,6 +78,13 @@ def banner(url: str, name: str) -> str:
     )
 
 
+def _say_what_is_missing() -> None:
+    from kvern.ops import native
+
+    if (reason := native.why_absent()) is not None:
+        print(f"slower than need be: {reason} (kvern doctor tells more)", file=sys.stderr, flush=True)
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -89,10 +97,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _model_folder(model: str) -> Path:
-    from kvern.cli.pull import download_progress
+    from kvern.cli.progress import progress_bar
     from kvern.llm import resolve
 
-    with download_progress() as progress:
+    with progress_bar() as progress:
         return resolve(model, progress)
 
 

@@ -2,7 +2,7 @@
 
 from kvern.config.model_config import MODEL_TYPES, ModelConfig, known_configurations, read_config_json
 from kvern.config.quantization import QuantizationConfig
-from kvern.config.rope import RopeScaling
+from kvern.config.rope import RopeScaling, read_scaling
 
 __all__ = [
     "MODEL_TYPES",
@@ -11,4 +11,5 @@ __all__ = [
     "RopeScaling",
     "known_configurations",
     "read_config_json",
+    "read_scaling",
 ]

@@ -60,10 +60,11 @@ def take_rope(data: dict[str, Any]) -> dict[str, Any]:
     raw.pop("type", None)
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    return {"rope_theta": theta, "rope_scaling": _scaling(kind, raw, data)}
+    return {"rope_theta": theta, "rope_scaling": read_scaling(kind, raw, data.get("max_position_embeddings"))}
 
 
-def _scaling(kind: str, raw: dict[str, Any], data: dict[str, Any]) -> RopeScaling:
+def read_scaling(kind: str, raw: dict[str, Any], longest: Any) -> RopeScaling:
+    """Check the keys of a `rope_scaling` of type `kind`; `longest` is max_position_embeddings, the default context."""
     if kind not in ("yarn", "longrope"):
         raise UnsupportedModelError(f"rope_scaling type {kind!r} is not supported", hint="supported: yarn, longrope")
     known = {f.name for f in fields(RopeScaling)} - {"type"}
@@ -74,7 +75,6 @@ def _scaling(kind: str, raw: dict[str, Any], data: dict[str, Any]) -> RopeScalin
     values.pop("truncate", None)
     if values.get("short_factor") != values.get("long_factor"):
         raise UnsupportedModelError("rope_scaling.long_factor differs from short_factor, which is not supported")
-    longest: Any = data.get("max_position_embeddings")
     original: Any = values.setdefault("original_max_position_embeddings", longest)
     if not is_whole(original) or original <= 0:
         raise ConfigError("rope_scaling.original_max_position_embeddings must be a positive whole number")

@@ -12,19 +12,17 @@ import math
 import torch
 from torch import Tensor
 
-from kvern.config import ModelConfig, RopeScaling
+from kvern.config import RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """[qk_rope_head_dim / 2] float32, radians a position."""
-    size = config.qk_rope_head_dim
-    plain = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    scaling = config.rope_scaling
+def inverse_frequencies(theta: float, size: int, scaling: RopeScaling | None) -> Tensor:
+    """[size / 2] float32, radians a position, for rotated vectors of `size` numbers."""
+    plain = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     if scaling is None:
         return plain
     if scaling.type == "longrope":
         return plain / torch.tensor(scaling.short_factor, dtype=torch.float32)
-    kept = 1.0 - _yarn_ramp(scaling, size, config.rope_theta)
+    kept = 1.0 - _yarn_ramp(scaling, size, theta)
     return plain / scaling.factor * (1 - kept) + plain * kept
 
 

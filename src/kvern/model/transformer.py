@@ -32,7 +32,7 @@ class Decoder(nn.Module):
             extra = range(count, count + config.num_nextn_predict_layers)
             self.layers.extend(MTPLayer(config, layer, device) for layer in extra)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.frequencies = inverse_frequencies(config)
+        self.frequencies = inverse_frequencies(config.rope_theta, config.qk_rope_head_dim, config.rope_scaling)
 
     def rotation(self, batch: ForwardBatch) -> Tensor:
         """[T, qk_rope_head_dim / 2] complex64 for the batch's positions."""
