@@ -1,0 +1,84 @@
+"""A request inside the engine, and the updates that leave it.
+
+A request has no phase. It has tokens (the prompt, then what was drawn) and the number of them whose latents are in the
+cache; the rest is still to compute. A prompt, a chunk of one, a prefix hit, a preempted request that starts again and a
+single decoded token differ only in how many that is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvern.engine.params import SamplingParams
+from kvern.errors import KvernError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probability of a token, and (id, log-probability) of the best ones, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did for one request. The last update of a request, and only that, has `finish`.
+
+    tokens: the new ids, a stop id included as the last. cached_tokens (prompt tokens found in the prefix cache) and
+    prompt_logprobs (one a prompt token, None for the first) are set in the first update with a token.
+    """
+
+    request_id: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    error: KvernError | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+
+@dataclass(eq=False)
+class Request:
+    """The engine's own record of a request. `priority`: lower goes first; `arrival` orders requests of one priority."""
+
+    id: int
+    params: SamplingParams
+    prompt_length: int
+    tokens: list[int]
+    priority: int
+    arrival: int
+    salt: bytes
+    seed: int
+    limit: int
+    """Length of prompt and answer at which the request ends."""
+
+    computed: int = 0
+    """Tokens whose latents are in the cache."""
+
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hash of each full block of `tokens`, as far as it was needed."""
+
+    cached_tokens: int = 0
+    reported: bool = False
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to compute."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller runs first and is preempted last."""
+        return self.priority, self.arrival
