@@ -366,7 +366,7 @@ def test_command_needs_a_name() -> None:
 
 
 def test_examples_parse() -> None:
-    for example in command.EXAMPLES:
+    for example in command.EXAMPLES.splitlines():
         program, name, *arguments = example.split()
         assert (program, name) == ("kvern", "pull")
         parsed(*arguments)

@@ -78,7 +78,7 @@ class _HandOver:
         self.closed = threading.Event()
         self._loop = loop
         self._room = threading.Semaphore(HAND_OVER)
-        self._queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Piece | KvernError | None] = asyncio.Queue()
 
     def fill(self, pieces: Generator[Piece]) -> None:
         """In the worker: put all pieces, unless the reader is gone."""
@@ -88,12 +88,13 @@ class _HandOver:
                     if not self._put(piece):
                         return
             self._put(None)
-        except Exception as error:
-            if not isinstance(error, KvernError):
-                log.exception("a request failed")
+        except KvernError as error:
             self._put(error)
+        except Exception:
+            log.exception("a request failed")
+            self._put(KvernError("the answer failed inside the server"))
 
-    def _put(self, item: Piece | Exception | None) -> bool:
+    def _put(self, item: Piece | KvernError | None) -> bool:
         while not self.closed.is_set():
             if self._room.acquire(timeout=POLL_SECONDS):
                 with suppress(RuntimeError):  # the loop was closed: nobody reads any more
@@ -107,6 +108,6 @@ class _HandOver:
             self._room.release()
             if item is None:
                 return
-            if isinstance(item, Exception):
+            if isinstance(item, KvernError):
                 raise item
             yield item

@@ -134,8 +134,6 @@ async def _events(worker: EngineWorker, prepared: Prepared, stream: ChatStream) 
         yield error_event(KvernError("the server is stopping"))
     except KvernError as error:
         yield error_event(error)
-    except Exception:  # logged where it happened; the client gets an end that it can recognise
-        yield error_event(KvernError("the answer failed inside the server"))
 
 
 async def _unless_disconnected(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
