@@ -16,6 +16,9 @@ apply_rope = Op("apply_rope", reference.apply_rope)
 swiglu = Op("swiglu", reference.swiglu)
 route = Op("route", reference.route)
 latent_attention = Op("latent_attention", reference.latent_attention)
+paged_latent_attention = Op(
+    "paged_latent_attention", reference.paged_latent_attention, native.backends("paged_latent_attention")
+)
 causal_attention = Op("causal_attention", reference.causal_attention)
 
 ALL = (
@@ -27,6 +30,7 @@ ALL = (
     swiglu,
     route,
     latent_attention,
+    paged_latent_attention,
     causal_attention,
 )
 """Every op, for `kvern doctor` and for the parity tests."""

@@ -119,6 +119,40 @@ def latent_attention(q: Tensor, latent: Tensor, rank: int, scale: float) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def paged_latent_attention(
+    q: Tensor,
+    rows: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    starts: Tensor,
+    block_size: int,
+    rank: int,
+    scale: float,
+) -> Tensor:
+    """`latent_attention` for S sequences whose latents lie in blocks: q [T, H, D] -> [T, H, rank] in q.dtype.
+
+    rows: [N, D], the cache of one layer, in q.dtype or bfloat16. tables: [S, B] int32 block numbers: row r of sequence
+    s is rows[tables[s, r // block_size] * block_size + r % block_size], and entries past its context are not read.
+    contexts: [S] int32, rows that the last query of each sequence sees. starts: [S + 1] int32 offsets into q: query j
+    of the n of sequence s sees contexts[s] - n + 1 + j rows, and n is at most contexts[s].
+    """
+    out = q.new_empty(*q.shape[:2], rank)
+    offsets = starts.tolist()
+    for sequence, context in enumerate(contexts.tolist()):
+        span = slice(offsets[sequence], offsets[sequence + 1])
+        if span.stop > span.start:
+            latent = rows[paged_rows(tables[sequence], context, block_size)].to(q.dtype)
+            out[span] = latent_attention(q[span], latent, rank, scale)
+    return out
+
+
+def paged_rows(table: Tensor, context: int, block_size: int) -> Tensor:
+    """[context] int64: where the first `context` rows of a sequence lie in the flattened blocks; table [B]."""
+    blocks = table[: -(-context // block_size)].long()
+    offsets = torch.arange(block_size, device=table.device)
+    return (blocks[:, None] * block_size + offsets).flatten()[:context]
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Multi-head attention: q [T, H, K], k [C, H, K], v [C, H, V] -> [T, H, V], the same causal rule.
 
