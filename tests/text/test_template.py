@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvern.errors import BadRequestError, CheckpointError
@@ -60,6 +60,7 @@ def test_render_equals_transformers(byte_level: Tokenizer, source: str, add_gene
 
 @given(content=st.text())
 def test_ids_equal_the_original_tokenisation(byte_level: Tokenizer, content: str) -> None:
+    assume("<|" not in content)  # control text must not give the original ids: tested below
     template, chat = ChatTemplate(CHATML, byte_level), [Message("user", content)]
     assert template.encode(chat) == byte_level.encode(template.render(chat), allow_special=True)
 
