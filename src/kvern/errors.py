@@ -80,15 +80,26 @@ class NotFoundError(KvernError):
     code = "not_found"
 
 
-class BusyError(KvernError):
-    """No capacity now; the client may try again after `retry_after` seconds."""
-
-    status = 429
-    code = "rate_limit_exceeded"
+class TryLaterError(KvernError):
+    """Not now; the client may try again after `retry_after` seconds (the Retry-After header)."""
 
     def __init__(self, message: str, *, retry_after: float, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+
+
+class BusyError(TryLaterError):
+    """The queue is full."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class UnavailableError(TryLaterError):
+    """The engine is down, or stopping."""
+
+    status = 503
+    code = "unavailable"
 
 
 class UnreachableError(KvernError):

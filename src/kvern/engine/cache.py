@@ -1,30 +1,102 @@
-"""The latent cache of one sequence: kv_lora_rank + qk_rope_head_dim numbers a token and layer, 98 % under plain MHA.
+"""The paged latent cache: kv_lora_rank + qk_rope_head_dim numbers a token and layer, 98 % under plain MHA.
 
-Memory is reserved for the whole context and touched as it fills, so a long limit costs nothing until it is used.
+    rows[layer, block * block_size + offset] = the latent of one token
+
+Memory is reserved for all blocks and touched as they fill. `PagedCache.step` gives a view for one forward pass: where
+its tokens go and which blocks each sequence reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from kvern import ops
 from kvern.config import ModelConfig
 from kvern.model import ForwardBatch
 
 
-class SequenceCache:
-    """[layers, max_context, latent_dim] in `dtype`, for batches of one sequence."""
+@dataclass(frozen=True)
+class Span:
+    """Tokens of one sequence in a step: its blocks, tokens already in the cache, tokens of this step."""
 
-    def __init__(self, config: ModelConfig, max_context: int, dtype: torch.dtype) -> None:
+    blocks: Sequence[int]
+    computed: int
+    count: int
+
+
+class PagedCache:
+    """Rows [layers, blocks * block_size, latent_dim] in `dtype`."""
+
+    def __init__(self, config: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype) -> None:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        self.rows = torch.empty(layers, max_context, config.latent_dim, dtype=dtype)
+        self.block_size = block_size
+        self.rows = torch.empty(layers, blocks * block_size, config.latent_dim, dtype=dtype)
 
-    def extend(self, layer: int, latent_TD: Tensor, batch: ForwardBatch) -> None:
-        """Store the latents at the batch's positions."""
-        first = int(batch.positions[0])
-        self.rows[layer, first : first + len(latent_TD)] = latent_TD
+    def step(self, spans: Sequence[Span]) -> StepCache:
+        """The view of one forward pass over `spans`, in the batch's order."""
+        size = self.block_size
+        contexts = [span.computed + span.count for span in spans]
+        width = max(-(-context // size) for context in contexts)
+        tables = torch.zeros(len(spans), width, dtype=torch.int32)
+        starts = [0]
+        for row, (span, context) in enumerate(zip(spans, contexts, strict=True)):
+            used = -(-context // size)
+            tables[row, :used] = torch.tensor(span.blocks[:used], dtype=torch.int32)
+            starts.append(starts[-1] + span.count)
+        positions = torch.cat([torch.arange(span.computed, span.computed + span.count) for span in spans])
+        owners = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.count for span in spans]))
+        slots = tables[owners, positions // size].long() * size + positions % size
+        return StepCache(
+            self,
+            tables,
+            torch.tensor(contexts, dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32),
+            positions,
+            slots,
+        )
 
-    def context(self, layer: int, sequence: int, batch: ForwardBatch) -> Tensor:
-        """[C, latent_dim] up to the batch's last position."""
-        assert sequence == 0, "this cache holds one sequence"
-        return self.rows[layer, : int(batch.positions[-1]) + 1]
+
+@dataclass(frozen=True)
+class StepCache:
+    """A `LatentCache` for one forward pass.
+
+    tables [S, blocks] int32; contexts [S] int32, this step's tokens included; starts [S + 1] int32, offsets into the
+    tokens; positions [T] and slots [T] int64, the row of each token.
+    """
+
+    cache: PagedCache
+    tables: Tensor
+    contexts: Tensor
+    starts: Tensor
+    positions: Tensor
+    slots: Tensor
+
+    def extend(self, layer: int, latent_TD: Tensor) -> None:
+        """Store the latents of all tokens of the step."""
+        self.cache.rows[layer].index_copy_(0, self.slots, latent_TD.to(self.cache.rows.dtype))
+
+    def context(self, layer: int, sequence: int, span: slice) -> Tensor:
+        """[C, latent_dim] of the `sequence`-th sequence; a view where its blocks lie one after the other."""
+        count, size = int(self.contexts[sequence]), self.cache.block_size
+        blocks = self.tables[sequence, : -(-count // size)].long()
+        rows = self.cache.rows[layer]
+        first = int(blocks[0])
+        if torch.equal(blocks, torch.arange(first, first + len(blocks))):
+            return rows[first * size : first * size + count]
+        return rows.view(-1, size, rows.shape[-1])[blocks].flatten(0, 1)[:count]
+
+    def attend(
+        self, layer: int, q_THD: Tensor, sequences: Sequence[int], batch: ForwardBatch, rank: int, scale: float
+    ) -> Tensor:
+        """Absorbed attention [T, H, rank] of the queries of `sequences`, which lie in q one after the other."""
+        tables, contexts, starts = self.tables, self.contexts, self.starts
+        if len(sequences) < len(contexts):
+            chosen = torch.tensor(sequences)
+            tables, contexts = tables[chosen], contexts[chosen]
+            starts = torch.cat([starts[:1], (self.starts[1:] - self.starts[:-1])[chosen].cumsum(0).int()])
+        rows = self.cache.rows[layer]
+        return ops.paged_latent_attention(q_THD, rows, tables, contexts, starts, self.cache.block_size, rank, scale)

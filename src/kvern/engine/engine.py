@@ -1,102 +1,242 @@
-"""Generation for one request: chunked prefill, then a token a step over the latent cache.
+"""The engine: many requests share every step, token ids in, token ids out.
 
-A request is "tokens still to compute": the prompt in chunks of PREFILL_ROWS, then each sampled token. What it gives up
-until the batching engine arrives: requests share no step and no prefix.
+    step = take what arrived, schedule, run, sample, update
+
+`add` and `cancel` may be called from any thread: they only check and leave a note, which the next step picks up. All
+else belongs to the one thread that calls `step`.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from kvern.engine.block_manager import BlockManager
+from kvern.engine.cache import PagedCache
+from kvern.engine.params import SamplingParams
+from kvern.engine.request import FinishReason, Request, Update
+from kvern.engine.runner import Computed, Runner, hold_absorbed_weights
+from kvern.engine.sampler import Row, Sampled, logprobs_of, sample
+from kvern.engine.scheduler import Chunk, Scheduler
+from kvern.engine.settings import Counts, EngineSettings, EngineStats
+from kvern.errors import BadRequestError, BusyError, KvernError
+from kvern.model import Transformer
+from kvern.plan.hardware import machine
 
-from kvern.engine.cache import SequenceCache
-from kvern.engine.sampler import SamplingParams, sample
-from kvern.engine.threads import threads_for
-from kvern.errors import BadRequestError
-from kvern.model import ForwardBatch, Transformer
-from kvern.model.attention import Attention
-
-PREFILL_ROWS = 512
-"""Prompt tokens a forward pass; bounds the activations of long prompts and how soon a cancel is seen."""
+FULL_CONTEXTS = 8
+"""Full contexts that the cache holds by default, where memory allows."""
 
 
 class Engine:
-    """Runs `model` for one request at a time; `max_context` bounds prompt plus answer."""
+    """Runs `model` for many requests at once."""
 
-    def __init__(self, model: Transformer, *, max_context: int | None = None) -> None:
+    def __init__(self, model: Transformer, *, settings: EngineSettings | None = None) -> None:
+        self.settings = settings or EngineSettings()
         self.model = model
-        limit = model.config.max_position_embeddings
-        self.max_context = min(max_context or limit, limit)
         self.vocab_size = model.config.vocab_size
         self.stop_ids = frozenset(model.config.eos_token_id)
+        blocks = cache_blocks(model, self.settings)
+        self.max_context = min(longest_context(model, self.settings), blocks * self.settings.block_size)
         hold_absorbed_weights(model)
+        self.cache = PagedCache(model.config, blocks, self.settings.block_size, model.activation_dtype)
+        self.runner = Runner(model, self.cache)
+        self._ids = itertools.count()
+        self.reset()
 
-    def generate(
-        self, prompt: Sequence[int], params: SamplingParams, cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[int]:
-        """Token ids of the answer, the stop id (when one is drawn) included as the last.
+    def reset(self) -> None:
+        """Forget every request and everything cached: how the engine begins, and begins again after a fault."""
+        settings = self.settings
+        blocks = len(self.cache.rows[0]) // settings.block_size
+        self.blocks = BlockManager(blocks, settings.block_size, settings.prefix_caching)
+        self.scheduler = Scheduler(self.blocks, settings.step_tokens, settings.max_running)
+        self._live: dict[int, Request] = {}
+        self._arrived: deque[Request] = deque()
+        self._cancelled: deque[int] = deque()
+        self._counts = Counts()
 
-        Ends at a stop id, at `params.max_tokens`, or within one step of `cancelled()`. Raises BadRequestError for an
-        empty prompt, an id outside the vocabulary, or a prompt that leaves no room in the context.
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b"") -> int:
+        """Queue a request and return its id; lower priorities go first, equal `salt`s share their prefixes.
+
+        Raises BadRequestError when it can never be served (empty, an id outside the vocabulary, longer than the
+        context) and BusyError when the queue is full.
         """
-        self._check(prompt, params)
-        return self._run(list(prompt), params, cancelled)
-
-    def _run(self, prompt: list[int], params: SamplingParams, cancelled: Callable[[], bool]) -> Iterator[int]:
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
-        room = min(params.max_tokens, self.max_context - len(prompt))
-        cache = SequenceCache(self.model.config, len(prompt) + room, self.model.activation_dtype)
-        done, pending = 0, prompt
-        for _ in range(room):
-            while len(pending) > PREFILL_ROWS and not cancelled():
-                self._step(pending[:PREFILL_ROWS], done, cache)
-                done, pending = done + PREFILL_ROWS, pending[PREFILL_ROWS:]
-            if cancelled():
-                return
-            logits_V = self._step(pending, done, cache)
-            done += len(pending)
-            token = sample(logits_V, params, seed, done)
-            yield token
-            if token in stops:
-                return
-            pending = [token]
-
-    @torch.inference_mode()
-    def _step(self, tokens: list[int], start: int, cache: SequenceCache) -> Tensor:
-        """Compute `tokens` at positions from `start` on; logits [vocab_size] of the last."""
-        batch = ForwardBatch(
-            tokens=torch.tensor(tokens),
-            positions=torch.arange(start, start + len(tokens)),
-            query_starts=(0, len(tokens)),
-            cache=cache,
-            logits_at=torch.tensor([len(tokens) - 1]),
-        )
-        with threads_for(len(tokens), start + len(tokens)):
-            logits: Tensor = self.model(batch)
-        return logits[0]
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise BadRequestError("the prompt is empty")
-        if len(prompt) >= self.max_context:
-            raise BadRequestError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self.max_context}, answer included",
-                hint="shorten the prompt or serve with a larger --max-context",
+        check_request(prompt, params, self.vocab_size, self.max_context)
+        if len(self.scheduler.waiting) + len(self._arrived) >= self.settings.max_waiting:
+            raise BusyError(f"{self.settings.max_waiting} requests are waiting already", retry_after=1)
+        number = next(self._ids)
+        self._arrived.append(
+            Request(
+                id=number,
+                params=params,
+                prompt_length=len(prompt),
+                tokens=list(prompt),
+                priority=priority,
+                arrival=number,
+                salt=salt,
+                seed=secrets.randbits(63) if params.seed is None else params.seed,
+                limit=min(len(prompt) + params.max_tokens, self.max_context),
             )
-        if params.max_tokens < 1:
-            raise BadRequestError(f"max_tokens must be at least 1, not {params.max_tokens}", param="max_tokens")
-        outside = [token for token in prompt if not 0 <= token < self.vocab_size]
-        if outside:
-            raise BadRequestError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        )
+        return number
+
+    def cancel(self, request_id: int) -> None:
+        """End a request at the next step; unknown and finished ones are none of its business."""
+        self._cancelled.append(request_id)
+
+    def step(self) -> list[Update]:
+        """Compute one step and return what it did for each request it touched."""
+        updates = self._take_notes()
+        chunks = self.scheduler.schedule()
+        if chunks:
+            updates += self._advance(chunks, self.runner.run(chunks))
+            self._counts.steps += 1
+        if self.settings.check_every_step:
+            self.check()
+        return updates
+
+    def step_cancelled(self) -> list[Update]:
+        """Only pick up what arrived and end what was cancelled, without computing."""
+        return self._take_notes()
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._live or self._arrived or self._cancelled)
+
+    def live(self) -> list[int]:
+        """Ids of the requests that have not finished."""
+        return [*self._live, *(request.id for request in list(self._arrived))]
+
+    def stats(self) -> EngineStats:
+        """A snapshot for metrics."""
+        scheduler, counts = self.scheduler, self._counts
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._arrived),
+            cache_blocks=self.blocks.blocks,
+            cache_blocks_used=self.blocks.blocks - self.blocks.free_blocks,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=counts.prompt_tokens,
+            generated_tokens=counts.generated_tokens,
+            steps=counts.steps,
+            finished=dict(counts.finished),
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless every block is accounted for."""
+        self.blocks.check(request.blocks for request in self._live.values())
+
+    def _take_notes(self) -> list[Update]:
+        """Move what other threads left into the queues."""
+        cancelled = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
+        for _ in range(len(self._arrived)):
+            request = self._arrived.popleft()
+            self._live[request.id] = request
+            self.scheduler.add(request)
+            self._counts.prompt_tokens += request.prompt_length
+        requests = [self._live[number] for number in cancelled if number in self._live]
+        return [self._finish(request, "cancelled") for request in dict.fromkeys(requests)]
+
+    def _advance(self, chunks: Sequence[Chunk], computed: Computed) -> list[Update]:
+        """Account for the chunks, draw the next token of each request that has all its latents, report."""
+        for chunk, rows in zip(chunks, computed.rows, strict=True):
+            self._keep_prompt_logprobs(chunk, computed, rows)
+            self.scheduler.computed(chunk)
+        ready = [
+            (chunk.request, rows[-1])
+            for chunk, rows in zip(chunks, computed.rows, strict=True)
+            if not chunk.request.pending
+        ]
+        drawing = [(request, row) for request, row in ready if len(request.tokens) < request.limit]
+        drawn = sample(computed.logits[[row for _, row in drawing]], [self._row(request) for request, _ in drawing])
+        updates = [self._finish(request, "length") for request, _ in ready if len(request.tokens) >= request.limit]
+        return updates + [self._update(request, one) for (request, _), one in zip(drawing, drawn, strict=True)]
+
+    def _row(self, request: Request) -> Row:
+        """What the sampler needs to know of a request."""
+        return Row(request.params, request.seed, request.tokens, request.prompt_length, self._stops(request))
+
+    def _update(self, request: Request, drawn: Sampled) -> Update:
+        if drawn.error is not None:
+            return self._finish(request, "error", error=drawn.error)
+        request.tokens.append(drawn.token)
+        self._counts.generated_tokens += 1
+        if drawn.token in self._stops(request):
+            return self._finish(request, "stop", drawn)
+        if len(request.tokens) >= request.limit:
+            return self._finish(request, "length", drawn)
+        return _report(request, drawn)
+
+    def _finish(
+        self, request: Request, reason: FinishReason, drawn: Sampled | None = None, error: KvernError | None = None
+    ) -> Update:
+        del self._live[request.id]
+        self.scheduler.remove(request)
+        self._counts.finished[reason] += 1
+        return _report(request, drawn, reason, error)
+
+    def _stops(self, request: Request) -> frozenset[int]:
+        own = frozenset(request.params.stop_token_ids)
+        return own if request.params.ignore_eos else own | self.stop_ids
+
+    def _keep_prompt_logprobs(self, chunk: Chunk, computed: Computed, rows: range) -> None:
+        """The logits of a prompt token tell the log-probability of the next one."""
+        request, first = chunk.request, chunk.request.computed
+        if not request.params.prompt_logprobs or first >= request.prompt_length:
+            return
+        following = request.tokens[first + 1 : min(first + 1 + len(rows), request.prompt_length)]
+        logits = computed.logits[rows.start : rows.start + len(following)]
+        known = request.prompt_logprobs[: first + 1] or [None]
+        request.prompt_logprobs = [*known, *logprobs_of(logits, following, request.params)]
 
 
-def hold_absorbed_weights(model: Transformer) -> None:
-    """Keep kv_b_proj in the activations' dtype where it is not FP8: decoding multiplies by it head by head."""
-    for module in model.modules():
-        if isinstance(module, Attention) and module.kv_b_proj.weight_scale_inv is None:
-            dense = module.kv_b_proj.dense(model.activation_dtype)
-            module.kv_b_proj.weight = nn.Parameter(dense, requires_grad=False)
+def _report(
+    request: Request, drawn: Sampled | None, reason: FinishReason | None = None, error: KvernError | None = None
+) -> Update:
+    first, request.reported = not request.reported, True
+    return Update(
+        request_id=request.id,
+        tokens=() if drawn is None else (drawn.token,),
+        logprobs=() if drawn is None or drawn.logprob is None else (drawn.logprob,),
+        finish=reason,
+        error=error,
+        cached_tokens=request.cached_tokens if first else 0,
+        prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
+    )
+
+
+def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int, max_context: int) -> None:
+    """Raise BadRequestError, with both numbers, for a request that can never be served."""
+    if not prompt:
+        raise BadRequestError("the prompt is empty", param="prompt")
+    least = 0 if params.prompt_logprobs else 1
+    if len(prompt) > max_context - least:
+        raise BadRequestError(
+            f"the prompt has {len(prompt)} tokens and the context holds {max_context}, answer included",
+            hint="shorten the prompt or serve with a larger --max-context",
+            param="prompt",
+        )
+    if params.max_tokens < least:
+        raise BadRequestError(f"max_tokens must be at least {least}, not {params.max_tokens}", param="max_tokens")
+    outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise BadRequestError(f"token id {outside} is outside the vocabulary of {vocab_size}", param="prompt")
+
+
+def longest_context(model: Transformer, settings: EngineSettings) -> int:
+    """Tokens of prompt and answer: the model's limit, or less where the settings say so."""
+    limit = model.config.max_position_embeddings
+    return min(settings.max_context or limit, limit)
+
+
+def cache_blocks(model: Transformer, settings: EngineSettings) -> int:
+    """Blocks of the cache: as set, or up to eight full contexts within half of the memory that is free."""
+    if settings.cache_tokens is not None:
+        return max(1, settings.cache_tokens // settings.block_size)
+    layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
+    token_bytes = layers * model.config.latent_dim * model.activation_dtype.itemsize
+    tokens = min(FULL_CONTEXTS * longest_context(model, settings), machine().memory_available // 2 // token_bytes)
+    return max(1, -(-tokens // settings.block_size))

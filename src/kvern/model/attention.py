@@ -13,12 +13,15 @@ Shape letters: T tokens, C context rows, H heads, D latent_dim, R kv_lora_rank, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 from kvern import ops
 from kvern.config import ModelConfig
-from kvern.model.batch import ForwardBatch, MLAForm
+from kvern.model.batch import BatchLatents, ForwardBatch, LatentCache, MLAForm
 from kvern.model.linear import DTYPES, Linear, RMSNorm, linear_dtype
 
 LATENT_EPS = 1e-6
@@ -50,21 +53,38 @@ class Attention(nn.Module):
     def forward(self, x_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; stores the batch's latents in its cache."""
         q_THN, q_THP = self._queries(x_TE, rotation_TF)
-        latent_TD = self._latents(x_TE, rotation_TF)
-        if batch.cache is not None:
-            batch.cache.extend(self.layer, latent_TD, batch)
-        parts = []
-        for sequence, span in batch.spans():
-            if batch.cache is None:
-                context_CD = latent_TD[span]
-            else:
-                context_CD = batch.cache.context(self.layer, sequence, batch).to(x_TE.dtype)
-            form = batch.form or cheaper_form(self.config, span.stop - span.start, len(context_CD))
-            attend = self._expanded if form is MLAForm.EXPANDED else self._absorbed
-            parts.append(attend(q_THN[span], q_THP[span], context_CD))
-        out_THV = parts[0] if len(parts) == 1 else torch.cat(parts)
+        cache = batch.cache or BatchLatents()
+        cache.extend(self.layer, self._latents(x_TE, rotation_TF))
+        absorbed, expanded = split_forms(self.config, batch)
+        if not expanded:
+            out_THV = self._absorbed(q_THN, q_THP, absorbed, cache, batch)
+        else:
+            out_THV = self._mixed(q_THN, q_THP, absorbed, expanded, cache, batch)
         projected: Tensor = self.o_proj(out_THV.flatten(1))
         return projected
+
+    def _mixed(
+        self,
+        q_THN: Tensor,
+        q_THP: Tensor,
+        absorbed: Sequence[int],
+        expanded: Sequence[int],
+        cache: LatentCache,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        """[T, H, V]: the absorbed sequences together, the expanded ones one by one."""
+        parts: dict[int, Tensor] = {}
+        if absorbed:
+            spans = [batch.span(sequence) for sequence in absorbed]
+            rows = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+            together = self._absorbed(q_THN[rows], q_THP[rows], absorbed, cache, batch)
+            counts = [span.stop - span.start for span in spans]
+            parts |= zip(absorbed, torch.split(together, counts), strict=True)
+        for sequence in expanded:
+            span = batch.span(sequence)
+            context_CD = cache.context(self.layer, sequence, span).to(q_THN.dtype)
+            parts[sequence] = self._expanded(q_THN[span], q_THP[span], context_CD)
+        return torch.cat([parts[sequence] for sequence in sorted(parts)])
 
     def _queries(self, x_TE: Tensor, rotation_TF: Tensor) -> tuple[Tensor, Tensor]:
         """(q_nope [T, H, N], rotated q_rope [T, H, P])."""
@@ -87,12 +107,14 @@ class Attention(nn.Module):
         nope, value = torch.split(weight, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
         return nope, value
 
-    def _absorbed(self, q_THN: Tensor, q_THP: Tensor, context_CD: Tensor) -> Tensor:
-        """[T, H, V], attending in latent space."""
+    def _absorbed(
+        self, q_THN: Tensor, q_THP: Tensor, sequences: Sequence[int], cache: LatentCache, batch: ForwardBatch
+    ) -> Tensor:
+        """[T, H, V] of `sequences`, attending in latent space."""
         key_HNR, value_HVR = self._kv_b(q_THN.dtype)
-        q_THR = torch.einsum("thn,hnr->thr", q_THN, key_HNR)
-        q_THD = torch.cat([q_THR, q_THP], dim=-1)
-        out_THR = ops.latent_attention(q_THD, context_CD, self.config.kv_lora_rank, self.config.softmax_scale)
+        q_THD = torch.cat([torch.einsum("thn,hnr->thr", q_THN, key_HNR), q_THP], dim=-1)
+        rank, scale = self.config.kv_lora_rank, self.config.softmax_scale
+        out_THR = cache.attend(self.layer, q_THD, sequences, batch, rank, scale)
         return torch.einsum("thr,hvr->thv", out_THR, value_HVR)
 
     def _expanded(self, q_THN: Tensor, q_THP: Tensor, context_CD: Tensor) -> Tensor:
@@ -104,6 +126,23 @@ class Attention(nn.Module):
         key_CHP = key_CP[:, None].expand(-1, config.num_attention_heads, -1)
         q, k = torch.cat([q_THN, q_THP], dim=-1), torch.cat([key_CHN, key_CHP], dim=-1)
         return ops.causal_attention(q, k, value_CHV, config.softmax_scale)
+
+
+def split_forms(config: ModelConfig, batch: ForwardBatch) -> tuple[Sequence[int], Sequence[int]]:
+    """(sequences that attend absorbed, sequences that attend expanded)."""
+    sequences = range(len(batch.query_starts) - 1)
+    if batch.form is MLAForm.ABSORBED or (batch.form is None and batch.longest == 1):
+        return sequences, ()
+    if batch.form is MLAForm.EXPANDED:
+        return (), sequences
+    forms = [
+        cheaper_form(config, last - first, context)
+        for (first, last), context in zip(pairwise(batch.query_starts), batch.contexts, strict=True)
+    ]
+    return (
+        [sequence for sequence in sequences if forms[sequence] is MLAForm.ABSORBED],
+        [sequence for sequence in sequences if forms[sequence] is MLAForm.EXPANDED],
+    )
 
 
 def cheaper_form(config: ModelConfig, tokens: int, context: int) -> MLAForm:

@@ -6,13 +6,17 @@ documents), prefill, chunked prefill and decoding (a cache, the tokens still to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from kvern import ops
 
 
 class MLAForm(Enum):
@@ -23,13 +27,45 @@ class MLAForm(Enum):
 
 
 class LatentCache(Protocol):
-    """Where latents of earlier tokens live. D = kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
+    """Where the latents of a batch and of earlier tokens live: D = latent_dim numbers a token and layer."""
 
-    def extend(self, layer: int, latent_TD: Tensor, batch: ForwardBatch) -> None:
+    def extend(self, layer: int, latent_TD: Tensor) -> None:
         """Store the latents of all tokens of the batch in `layer`."""
 
-    def context(self, layer: int, sequence: int, batch: ForwardBatch) -> Tensor:
-        """[C, D]: all latents of the batch's `sequence`-th sequence, those just stored last."""
+    def context(self, layer: int, sequence: int, span: slice) -> Tensor:
+        """[C, D]: all latents of the `sequence`-th sequence, those of the batch (its tokens `span`) last."""
+
+    def attend(
+        self, layer: int, q_THD: Tensor, sequences: Sequence[int], batch: ForwardBatch, rank: int, scale: float
+    ) -> Tensor:
+        """Absorbed attention [T, H, rank] of the queries of `sequences`, which lie in q one after the other."""
+
+
+class BatchLatents:
+    """The cache of a batch that has none: the latents of its own tokens, kept for as long as a layer computes."""
+
+    def __init__(self) -> None:
+        self._latent_TD = torch.empty(0)
+
+    def extend(self, layer: int, latent_TD: Tensor) -> None:
+        """Keep the latents of the layer that computes now."""
+        self._latent_TD = latent_TD
+
+    def context(self, layer: int, sequence: int, span: slice) -> Tensor:
+        """The sequence's own tokens."""
+        return self._latent_TD[span]
+
+    def attend(
+        self, layer: int, q_THD: Tensor, sequences: Sequence[int], batch: ForwardBatch, rank: int, scale: float
+    ) -> Tensor:
+        """Sequence by sequence."""
+        parts, first = [], 0
+        for sequence in sequences:
+            latent_CD = self._latent_TD[batch.span(sequence)]
+            q = q_THD[first : first + len(latent_CD)]
+            parts.append(ops.latent_attention(q, latent_CD, rank, scale))
+            first += len(latent_CD)
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -48,18 +84,28 @@ class ForwardBatch:
     form: MLAForm | None = None
 
     @classmethod
-    def of(
-        cls, *sequences: list[int], start: int = 0, cache: LatentCache | None = None, form: MLAForm | None = None
-    ) -> ForwardBatch:
-        """A batch of whole token lists, each beginning at position `start`, with logits for every token."""
+    def of(cls, *sequences: list[int], form: MLAForm | None = None) -> ForwardBatch:
+        """A batch of whole token lists, each from position 0, without a cache, with logits for every token."""
         starts = [0]
         for sequence in sequences:
             starts.append(starts[-1] + len(sequence))
         tokens = torch.tensor([token for sequence in sequences for token in sequence])
-        positions = torch.cat([torch.arange(start, start + len(sequence)) for sequence in sequences])
-        return cls(tokens, positions, tuple(starts), cache, form=form)
+        positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
+        return cls(tokens, positions, tuple(starts), form=form)
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """(sequence index, slice of its tokens) for each sequence."""
-        for sequence, (first, last) in enumerate(zip(self.query_starts, self.query_starts[1:], strict=False)):
-            yield sequence, slice(first, last)
+    def span(self, sequence: int) -> slice:
+        """Where the tokens of the `sequence`-th sequence lie."""
+        return slice(self.query_starts[sequence], self.query_starts[sequence + 1])
+
+    @cached_property
+    def contexts(self) -> tuple[int, ...]:
+        """Context rows of each sequence, its tokens of this batch included."""
+        if self.cache is None:
+            return tuple(last - first for first, last in pairwise(self.query_starts))
+        ends: list[int] = self.positions[torch.tensor(self.query_starts[1:]) - 1].tolist()
+        return tuple(end + 1 for end in ends)
+
+    @cached_property
+    def longest(self) -> int:
+        """Most tokens that one sequence has in this batch."""
+        return max(last - first for first, last in pairwise(self.query_starts))

@@ -1,0 +1,66 @@
+"""How an engine is dimensioned, and what it counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kvern.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """max_context: tokens of prompt and answer (None: the model's). cache_tokens: room of the cache in tokens (None: up
+    to eight full contexts, within half the free memory). step_tokens: tokens computed in one step. max_running and
+    max_waiting: requests that share the steps, and that queue. check_every_step: prove after each step that the blocks'
+    books balance.
+    """
+
+    max_context: int | None = None
+    cache_tokens: int | None = None
+    block_size: int = 16
+    step_tokens: int = 512
+    max_running: int = 64
+    max_waiting: int = 256
+    prefix_caching: bool = True
+    check_every_step: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "step_tokens", "max_running", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_running > self.step_tokens:
+            raise ConfigError(
+                f"max_running {self.max_running} exceeds step_tokens {self.step_tokens}: some would never run"
+            )
+        for name in ("max_context", "cache_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ConfigError(f"{name} must be at least 2, not {value}")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot. Counters count from the start; prefix_* and the *_tokens count tokens."""
+
+    running: int
+    waiting: int
+    cache_blocks: int
+    cache_blocks_used: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Counts:
+    """The counters behind EngineStats that the engine itself moves."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
