@@ -1,30 +1,43 @@
-"""Generation over a random small model: greedy equals transformers, limits hold, sampling is reproducible."""
+"""The engine over a random small model: greedy equals transformers, limits hold, every update is accounted for."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 from tests.model.oracle import kvern_model, random_config, transformers_model
 
-from kvern.engine import Engine, SamplingParams
-from kvern.engine import engine as engine_module
-from kvern.engine.sampler import sample
-from kvern.errors import BadRequestError
+from kvern.engine import Engine, EngineSettings, SamplingParams, Update
+from kvern.errors import BadRequestError, BusyError, ConfigError
 
 PROMPT = list(range(2, 40))
 
 
-def engine(seed: int = 0, **options: int) -> Engine:
+def engine(seed: int = 0, **settings: Any) -> Engine:
     config = random_config(seed)
-    return Engine(kvern_model(config, transformers_model(config, seed)), **options)
+    model = kvern_model(config, transformers_model(config, seed))
+    return Engine(model, settings=EngineSettings(**{"check_every_step": True, "block_size": 4, **settings}))
+
+
+def finish(running: Engine) -> dict[int, list[Update]]:
+    """Step until nothing is left; the updates of each request."""
+    updates = defaultdict(list)
+    while running.has_work():
+        for update in running.step():
+            updates[update.request_id].append(update)
+    return updates
+
+
+def generate(running: Engine, prompt: list[int], **params: Any) -> list[int]:
+    number = running.add(prompt, SamplingParams(**params))
+    return [token for update in finish(running)[number] for token in update.tokens]
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("rows", [7, 512])
-def test_greedy_equals_transformers(seed: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "PREFILL_ROWS", rows)
+@pytest.mark.parametrize("step_tokens", [7, 512])
+def test_greedy_equals_transformers(seed: int, step_tokens: int) -> None:
     config = random_config(seed)
     oracle = transformers_model(config, seed)
     oracle.generation_config.eos_token_id = None
@@ -32,55 +45,123 @@ def test_greedy_equals_transformers(seed: int, rows: int, monkeypatch: pytest.Mo
     expected = oracle.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=0
     )
-    got = Engine(kvern_model(config, oracle)).generate(PROMPT, SamplingParams(max_tokens=24))
-    assert list(got) == expected[0, len(PROMPT) :].tolist()
+    running = Engine(kvern_model(config, oracle), settings=EngineSettings(step_tokens=step_tokens, max_running=7))
+    assert generate(running, PROMPT, max_tokens=24) == expected[0, len(PROMPT) :].tolist()
 
 
 def test_stops_at_a_stop_id_which_is_the_last() -> None:
-    free = list(engine().generate(PROMPT, SamplingParams(max_tokens=20)))
+    running = engine()
+    free = generate(running, PROMPT, max_tokens=20)
     stop = free[10]
-    got = list(engine().generate(PROMPT, SamplingParams(max_tokens=20, stop_token_ids=(stop,))))
-    assert got == free[: free.index(stop) + 1]
+    assert generate(running, PROMPT, max_tokens=20, stop_token_ids=(stop,)) == free[: free.index(stop) + 1]
 
 
 def test_never_passes_the_context() -> None:
-    assert len(list(engine(max_context=50).generate(PROMPT, SamplingParams(max_tokens=1000)))) == 50 - len(PROMPT)
+    assert len(generate(engine(max_context=50), PROMPT, max_tokens=1000)) == 50 - len(PROMPT)
 
 
-def test_a_cancelled_request_ends_within_a_step() -> None:
-    got: list[int] = []
-    for token in engine().generate(PROMPT, SamplingParams(max_tokens=50), lambda: len(got) >= 3):
-        got.append(token)
-    assert len(got) == 3
+def test_the_cache_bounds_the_context() -> None:
+    running = engine(cache_tokens=44)
+    assert running.max_context == 44
+    with pytest.raises(BadRequestError, match=r"44 tokens.*holds 44"):
+        running.add([1] * 44, SamplingParams(max_tokens=1))
 
 
-@pytest.mark.parametrize(("prompt", "limit"), [([], 5), ([0] * 50, 5), ([96], 5), ([-1], 5), (PROMPT, 0)], ids=str)
+def test_a_cancelled_request_ends_at_the_next_step() -> None:
+    running = engine()
+    number, other = (running.add(PROMPT, SamplingParams(max_tokens=50)) for _ in range(2))
+    running.step()
+    running.cancel(number)
+    running.cancel(number)
+    running.cancel(12345)
+    updates = finish(running)
+    assert [update.finish for update in updates[number]] == ["cancelled"]
+    assert updates[other][-1].finish == "length"
+    assert running.stats().cache_blocks_used == 0
+
+
+def test_a_request_cancelled_before_its_first_step_gets_its_end() -> None:
+    running = engine()
+    number = running.add(PROMPT, SamplingParams(max_tokens=5))
+    running.cancel(number)
+    assert [update.finish for update in finish(running)[number]] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "limit"), [([], 5), ([0] * 50, 5), ([96], 5), ([-1], 5), (PROMPT, 0), (PROMPT, -1)], ids=str
+)
 def test_impossible_requests_are_refused_before_any_work(prompt: list[int], limit: int) -> None:
+    running = engine(max_context=50)
     with pytest.raises(BadRequestError):
-        engine(max_context=50).generate(prompt, SamplingParams(max_tokens=limit))
+        running.add(prompt, SamplingParams(max_tokens=limit))
+    assert not running.has_work()
 
 
-def test_a_too_long_prompt_names_both_lengths() -> None:
-    with pytest.raises(BadRequestError, match=r"60 tokens.*50"):
-        engine(max_context=50).generate([1] * 60, SamplingParams(max_tokens=1))
+def test_a_full_queue_says_so() -> None:
+    running = engine(max_waiting=3)
+    for _ in range(3):
+        running.add(PROMPT, SamplingParams(max_tokens=1))
+    with pytest.raises(BusyError, match="3 requests"):
+        running.add(PROMPT, SamplingParams(max_tokens=1))
+    finish(running)
+    running.add(PROMPT, SamplingParams(max_tokens=1))
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another() -> None:
-    def draw(seed: int) -> list[int]:
-        return list(engine().generate(PROMPT, SamplingParams(max_tokens=16, temperature=1.5, seed=seed)))
-
-    assert draw(1) == draw(1) != draw(2)
-
-
-def test_sampling_follows_the_softmax_within_top_p_and_the_vocabulary() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 9.0])
-    params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.95, vocab_limit=4)
-    counts = Counter(sample(logits, params, seed=3, position=p) for p in range(4000))
-    kept = logits[:3].softmax(-1)
-    assert set(counts) == {0, 1, 2}
-    for token, probability in enumerate(kept.tolist()):
-        assert counts[token] / 4000 == pytest.approx(probability, abs=0.03)
+@pytest.mark.parametrize("bad", [{"block_size": 0}, {"max_running": 9, "step_tokens": 8}, {"max_context": 1}])
+def test_settings_that_cannot_work_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        EngineSettings(**bad)
 
 
-def test_greedy_ignores_ids_above_the_vocabulary() -> None:
-    assert sample(torch.tensor([0.0, 1.0, 9.0]), SamplingParams(max_tokens=1, vocab_limit=2), 0, 0) == 1
+def test_a_shared_prefix_is_computed_once_and_reported() -> None:
+    running = engine()
+    generate(running, PROMPT, max_tokens=4)
+    number = running.add([*PROMPT[:33], 90, 91], SamplingParams(max_tokens=4))
+    assert finish(running)[number][0].cached_tokens == 32
+    stats = running.stats()
+    assert (stats.prefix_hits, stats.prefix_queries) == (32, len(PROMPT) + 35)
+    same = running.add(PROMPT, SamplingParams(max_tokens=4))
+    assert finish(running)[same][0].cached_tokens == 36  # the last token is computed anew, for its logits
+
+
+def test_a_prefix_is_invisible_under_another_salt() -> None:
+    running = engine()
+    generate(running, PROMPT, max_tokens=4)
+    number = running.add(PROMPT, SamplingParams(max_tokens=4), salt=b"another tenant")
+    assert finish(running)[number][0].cached_tokens == 0
+
+
+def test_logprobs_of_prompt_and_answer() -> None:
+    running = engine()
+    params = SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=True)
+    for step_tokens in (512, 7):
+        running.scheduler.step_tokens = step_tokens
+        number = running.add(PROMPT, params)
+        updates = finish(running)[number]
+        assert len(updates[0].prompt_logprobs) == len(PROMPT)
+        assert updates[0].prompt_logprobs[0] is None
+        told = [one.token for one in updates[0].prompt_logprobs[1:] if one is not None]
+        assert told == PROMPT[1:]
+        for update in updates:
+            assert [one.token for one in update.logprobs] == list(update.tokens)
+            assert all(one.top[0] == (one.token, one.logprob) and len(one.top) == 2 for one in update.logprobs)
+
+
+def test_a_prompt_alone_can_be_scored() -> None:
+    running = engine()
+    number = running.add(PROMPT, SamplingParams(max_tokens=0, logprobs=0, prompt_logprobs=True))
+    (update,) = finish(running)[number]
+    assert (update.finish, update.tokens, len(update.prompt_logprobs)) == ("length", (), len(PROMPT))
+
+
+def test_a_better_priority_runs_first_and_preempts() -> None:
+    running = engine(cache_tokens=64, max_running=2, step_tokens=64)
+    slow = [running.add([number, *PROMPT[:20]], SamplingParams(max_tokens=8), priority=5) for number in (50, 51)]
+    running.step()
+    urgent = running.add([52, *PROMPT[:20]], SamplingParams(max_tokens=2), priority=0)
+    order = []
+    while running.has_work():
+        order += [update.request_id for update in running.step() if update.finish]
+    assert order[0] == urgent
+    assert sorted(order[1:]) == slow
+    assert running.stats().preemptions >= 1

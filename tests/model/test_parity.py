@@ -12,7 +12,7 @@ from tests.model.oracle import kvern_model, random_config, transformers_model, t
 
 from kvern import ops
 from kvern.config import ModelConfig, RopeScaling
-from kvern.engine.cache import SequenceCache
+from kvern.engine.cache import PagedCache, Span
 from kvern.model import ForwardBatch, MLAForm, Transformer
 from kvern.ops import reference
 
@@ -33,11 +33,15 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def step_by_step(model: Transformer, ids: list[int], form: MLAForm) -> torch.Tensor:
-    """Logits of every token: a prompt in one pass, then a token at a time over the cache."""
-    cache = SequenceCache(model.config, len(ids), torch.float32)
-    parts = [model(ForwardBatch.of(ids[:PROMPT], cache=cache, form=form))]
-    for position in range(PROMPT, len(ids)):
-        parts.append(model(ForwardBatch.of([ids[position]], start=position, cache=cache, form=form)))
+    """Logits of every token: a prompt in one pass, then a token at a time over a paged cache, its blocks shuffled."""
+    cache = PagedCache(model.config, blocks=12, block_size=8, dtype=torch.float32)
+    blocks = [7, 3, 11, 0, 1, 2, 9, 10, 4, 5, 6, 8]
+    parts, computed = [], 0
+    for count in [PROMPT] + [1] * (len(ids) - PROMPT):
+        view = cache.step([Span(blocks, computed, count)])
+        tokens = torch.tensor(ids[computed : computed + count])
+        parts.append(model(ForwardBatch(tokens, view.positions, (0, count), view, form=form)))
+        computed += count
     return torch.cat(parts)
 
 
@@ -64,6 +68,29 @@ def test_sequences_of_one_batch_do_not_see_each_other(seed: int) -> None:
     assert distance(both[50:], oracle(torch.tensor([ids[50:]])).logits[0]) < TOLERANCE
 
 
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_sequences_of_a_cached_batch_mix_prefill_and_decoding(seed: int) -> None:
+    """Three sequences in one step: the middle of a prompt, a single token, a whole prompt; forms chosen by cost."""
+    config = random_config(seed)
+    oracle = transformers_model(config, seed)
+    model, ids = kvern_model(config, oracle), tokens(seed)
+    cache = PagedCache(config, blocks=40, block_size=8, dtype=torch.float32)
+    blocks = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
+    first = [Span(blocks[:12], 0, 30), Span(blocks[12:24], 0, 50)]
+    second = [Span(blocks[:12], 30, 60), Span(blocks[12:24], 50, 1), Span(blocks[24:36], 0, 20)]
+    logits = []
+    for spans in (first, second):
+        view = cache.step(spans)
+        chosen = [token for span in spans for token in ids[span.computed : span.computed + span.count]]
+        batch = ForwardBatch(torch.tensor(chosen), view.positions, tuple(view.starts.tolist()), view)
+        logits.append(model(batch))
+    expected = oracle(torch.tensor([ids])).logits[0]
+    assert distance(torch.cat([logits[0][:30], logits[1][:60]]), expected) < TOLERANCE
+    assert distance(logits[1][60:61], expected[50:51]) < TOLERANCE
+    assert distance(logits[1][61:], expected[:20]) < TOLERANCE
+
+
 @pytest.mark.parametrize("seed", range(6))
 @torch.no_grad()
 def test_mtp_equals_transformers(seed: int) -> None:
@@ -76,7 +103,8 @@ def test_mtp_equals_transformers(seed: int) -> None:
     states = mtp.forward_layer(0, hidden, positions, None, input_ids=torch.tensor([ids[1:]]))
     expected = mtp._project_to_logits(states)[0]
     ours = model.hidden(ForwardBatch.of(ids))[:-1]
-    _, logits = model.mtp(ours, ForwardBatch.of(ids[1:], start=1))
+    batch = ForwardBatch(torch.tensor(ids[1:]), positions[0], (0, LENGTH - 1))
+    _, logits = model.mtp(ours, batch)
     assert distance(logits, expected) < TOLERANCE
 
 
