@@ -34,11 +34,35 @@ struct Dequantize {
   int64_t n, k;
 };
 
+constexpr int64_t kAttendRows = 16;   // context rows decoded at a time
+constexpr int64_t kAttendHeads = 64;  // at most so many heads share them
+
+// Some heads of one query against the rows [begin, end) of its context. Heads are lanes: `lanes` of them in a register,
+// `vecs` registers. log2 of a weight is its score times `scale`.
+struct Attend {
+  const float* q;  // [vecs, dim, lanes]
+  int64_t vecs, dim, rank;
+  float scale;
+  const void* rows;  // dtype F32 or BF16, row_stride apart; row r at rows[table[r / block_size] * block_size + r % ...]
+  int rows_dtype;
+  int64_t row_stride;
+  const int32_t* table;
+  int64_t block_size;
+  int64_t begin, end;
+  float* partial;  // out, [vecs, rank + 2, lanes]: weighted sums of values; largest log2 weight; sum of the weights,
+                   // all weights divided by the largest
+  float* scratch;  // kAttendRows * (dim padded to kStep + kAttendHeads)
+};
+
 struct Kernels {
   const char* name;
+  int64_t lanes;
   void (*linear[3])(const Linear&, int64_t begin, int64_t end);  // by weight dtype; output columns [begin, end)
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);  // rows [begin, end)
+  void (*attend)(const Attend&);
 };
+
+const Kernels& kernels_in_use();
 
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;

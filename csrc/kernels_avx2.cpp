@@ -10,6 +10,8 @@ struct Avx2 {
   static constexpr int direct_rows = 2;
   static constexpr int tile_rows = 4;
   static constexpr int tile_columns = 2;
+  static constexpr int sums = 8;
+  static constexpr int head_vecs = 2;
 
   using reg = __m256;
 
@@ -17,6 +19,9 @@ struct Avx2 {
   static reg set1(float value) { return _mm256_set1_ps(value); }
   static reg load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, reg a) { _mm256_storeu_ps(p, a); }
+  static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
+  static reg max(reg a, reg b) { return _mm256_max_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -24,6 +29,16 @@ struct Avx2 {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+
+  static reg exp2(reg a) {
+    const reg floor = set1(-126.0f);  // below it the result is 0; the order keeps a NaN
+    const reg low = max(floor, a);
+    const reg whole = _mm256_round_ps(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    const reg power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    const reg is_kept = _mm256_cmp_ps(a, floor, _CMP_NLT_UQ);
+    return _mm256_and_ps(is_kept, mul(exp2_of_fraction<Avx2>(sub(low, whole)), power));
   }
 
   static void store_bf16(uint16_t* p, reg a) {

@@ -48,6 +48,8 @@ struct Avx512 {
   static constexpr int direct_rows = 4;
   static constexpr int tile_rows = 4;
   static constexpr int tile_columns = 4;
+  static constexpr int sums = 16;
+  static constexpr int head_vecs = 2;
 
   using reg = __m512;
 
@@ -55,9 +57,18 @@ struct Avx512 {
   static reg set1(float value) { return _mm512_set1_ps(value); }
   static reg load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
+  static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static reg max(reg a, reg b) { return _mm512_max_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(reg a) { return _mm512_reduce_add_ps(a); }
+
+  static reg exp2(reg a) {
+    const reg low = max(set1(-200.0f), a);  // 2^-200 is 0; the order keeps a NaN
+    const reg whole = _mm512_roundscale_ps(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(exp2_of_fraction<Avx512>(sub(low, whole)), whole);
+  }
 
   // Not vcvtneps2bf16: it flushes subnormals.
   static void store_bf16(uint16_t* p, reg a) {

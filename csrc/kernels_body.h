@@ -3,7 +3,9 @@
 //   width                           numbers in a register
 //   direct_rows                     rows of W at a time in `multiply_few` with 2 to 4 rows of x
 //   tile_rows, tile_columns         the part of y that stays in registers in `multiply_tile`
-//   reg, zero, load, store, set1, mul, fma(a, b, c) = a * b + c, sum(a)
+//   sums, head_vecs                 registers of sums, and of heads, in `attend`
+//   reg, zero, load, store, set1, add, sub, mul, fma(a, b, c) = a * b + c, sum(a), max(a, b) (b where one is a NaN)
+//   exp2(a)                         for a <= 0, relative error under 1e-6; NaN of NaN
 //   decode(const T*, reg*)          kVecs registers of FP32 from kSmall<V> stored numbers, exactly; T = float, uint16_t
 //                                   (BF16), uint8_t (E4M3)
 //   Watch, decode_watched, saw_nan  the same for E4M3 where cheaper: numbers come out divided by `Watch::factor`, and
@@ -37,6 +39,17 @@ template <class T>
 constexpr bool kScaled = sizeof(T) == 1;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 2^f on [-0.5, 0.5] to 2e-9, fitted by relative error.
+constexpr float kExp2[] = {1.0f,          0.693147182f,   0.240226462f,  0.0555032864f,
+                           0.00961848907f, 0.00133999309f, 0.000153457993f};
+
+template <class V>
+inline typename V::reg exp2_of_fraction(typename V::reg f) {
+  auto value = V::set1(kExp2[6]);
+  for (int i = 5; i >= 0; --i) value = V::fma(value, f, V::set1(kExp2[i]));
+  return value;
+}
 
 // Decodes `count` < kSmall stored numbers; the rest of the registers are zeros. Nothing past the row is read.
 template <class V, class T>
@@ -272,9 +285,15 @@ void dequantize(const Dequantize& task, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) dequantize_row<V>(task, row);
 }
 
+}  // namespace
+
+#include "attention_body.h"
+
+namespace {
+
 template <class V>
 constexpr kvern::Kernels kernels(const char* name) {
-  return {name, {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>}, dequantize<V>};
+  return {name, V::width, {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>}, dequantize<V>, attend<V>};
 }
 
 }  // namespace

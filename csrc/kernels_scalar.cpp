@@ -1,4 +1,6 @@
 // Plain C++: the fallback for any CPU, and the form to read first. Eight lanes, so that a compiler may vectorise.
+#include <cmath>
+
 #include "kernels_body.h"
 
 namespace {
@@ -18,6 +20,8 @@ struct Scalar {
   static constexpr int direct_rows = 1;
   static constexpr int tile_rows = 2;
   static constexpr int tile_columns = 2;
+  static constexpr int sums = 2;
+  static constexpr int head_vecs = 1;
 
   struct reg {
     float lane[width];
@@ -33,6 +37,12 @@ struct Scalar {
   static reg set1(float value) { return each([=](int) { return value; }); }
   static reg zero() { return set1(0.0f); }
   static reg load(const float* p) { return each([=](int i) { return p[i]; }); }
+  static reg add(const reg& a, const reg& b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static reg sub(const reg& a, const reg& b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
+  static reg max(const reg& a, const reg& b) {
+    return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static reg exp2(const reg& a) { return each([&](int i) { return std::exp2(a.lane[i]); }); }
   static reg mul(const reg& a, const reg& b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
   static reg fma(const reg& a, const reg& b, const reg& c) {
     return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });

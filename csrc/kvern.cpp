@@ -104,13 +104,16 @@ const float* padded(const void* x, int dtype, int64_t m, int64_t k, int64_t stri
 }
 
 }  // namespace
+
+const Kernels& kernels_in_use() { return *chosen().load(); }
+
 }  // namespace kvern
 
 using namespace kvern;
 
 int kvern_abi(void) { return KVERN_ABI; }
 
-const char* kvern_isa(void) { return chosen().load()->name; }
+const char* kvern_isa(void) { return kernels_in_use().name; }
 
 int kvern_select_isa(const char* name) {
   if (!name) {
@@ -147,7 +150,7 @@ int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* w
   const int64_t x_stride = divide_up(k, kStep) * kStep;
   const Linear task{y,     y_dtype,      padded(x, x_dtype, m, k, x_stride), x_stride, weight, weight_stride,
                     scale, scale_stride, bias, bias_dtype, m, n, k};
-  over_rows(task, k * size_of(weight_dtype), chosen().load()->linear[weight_dtype]);
+  over_rows(task, k * size_of(weight_dtype), kernels_in_use().linear[weight_dtype]);
   return KVERN_OK;
 }
 
@@ -157,7 +160,7 @@ int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weigh
   if (n == 0 || k == 0) return KVERN_OK;
   if (!out || !weight || !scale || scale_stride < divide_up(k, kBlock)) return KVERN_BAD_ARGUMENT;
   const Dequantize task{out, out_dtype, static_cast<const uint8_t*>(weight), weight_stride, scale, scale_stride, n, k};
-  over_rows(task, k * (1 + size_of(out_dtype)), chosen().load()->dequantize);
+  over_rows(task, k * (1 + size_of(out_dtype)), kernels_in_use().dequantize);
   return KVERN_OK;
 }
 

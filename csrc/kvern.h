@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVERN_ABI 1
+#define KVERN_ABI 2
 
 enum { KVERN_F32 = 0, KVERN_BF16 = 1, KVERN_F8_E4M3 = 2 };                 /* dtypes; E4M3 is the "fn" form: no infinities */
 enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };
@@ -47,6 +47,21 @@ int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* w
 /* out[n, k] = weight[n, k] * scale[n / 128, k / 128], dense, F32 or BF16 (rounded to nearest even). */
 int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weight_stride, const float* scale,
                      int64_t scale_stride, int64_t n, int64_t k);
+
+/* Attention in latent space (MLA, absorbed) over latents that lie in blocks, softmax in FP32:
+ *   out[t, h] = sum_r p[r] * row_r[:rank],   p = softmax over the visible rows r of q[t, h] . row_r * scale
+ *   out       [queries, heads, rank] dense, dtype
+ *   q         [queries, heads, dim] dense, dtype (F32 or BF16)
+ *   rows      [row_count, dim] rows_dtype (F32 or BF16), rows row_stride apart
+ *   tables    [sequences, ceil(context / block_size) or more], rows table_stride apart: row r of sequence s is
+ *             rows[tables[s, r / block_size] * block_size + r % block_size]
+ *   contexts  [sequences] rows that the last query of a sequence sees; each query before it sees one fewer
+ *   starts    [sequences + 1] offsets into q, from 0 to queries; a sequence has no more queries than rows
+ * Every block number that is read is checked against row_count. */
+int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t queries, const void* rows, int rows_dtype,
+                                 int64_t row_count, int64_t row_stride, const int32_t* tables, int64_t table_stride,
+                                 const int32_t* contexts, const int32_t* starts, int64_t sequences,
+                                 int64_t block_size, int64_t heads, int64_t dim, int64_t rank, float scale);
 
 /* Reads `bytes` bytes once with all threads and returns the sum of their 64-bit words (a rest under 8 is left out):
  * the read bandwidth that a kernel can hope for. */

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvern import ops
-from kvern.ops import reference
+from kvern.ops import native, reference
 
-BF16_ULP = 2.0**-8
+BF16_HALF_ULP = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,15 @@ def exact(case: Paged) -> tuple[Tensor, Tensor]:
         first, last = case.starts[sequence : sequence + 2].tolist()
         for query in range(first, last):
             seen = context - (last - 1 - query)
-            latent = torch.stack([_row(case, sequence, row) for row in range(seen)]).double()
+            latent = case.rows[[_place(case, sequence, row) for row in range(seen)]].double()
             weights = (case.q[query].double() @ latent.T * case.scale).softmax(-1)
             out[query] = weights @ latent[:, : case.rank]
             bound[query] = weights @ latent[:, : case.rank].abs()
     return out, bound
 
 
-def _row(case: Paged, sequence: int, row: int) -> Tensor:
-    block = int(case.tables[sequence, row // case.block_size])
-    return case.rows[block * case.block_size + row % case.block_size]
+def _place(case: Paged, sequence: int, row: int) -> int:
+    return int(case.tables[sequence, row // case.block_size]) * case.block_size + row % case.block_size
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
@@ -114,7 +115,7 @@ def test_bfloat16_rows(dtype: torch.dtype) -> None:
     expected, bound = exact(case)
     out = reference.paged_latent_attention(*case.arguments())
     assert out.dtype is dtype
-    allowed = 1e-5 * bound if dtype is torch.float32 else 2 * BF16_ULP * bound
+    allowed = 1e-5 * bound if dtype is torch.float32 else 2 * BF16_HALF_ULP * bound
     assert ((out.double() - expected).abs() <= allowed).all()
 
 
@@ -131,3 +132,168 @@ def test_it_equals_latent_attention_over_the_gathered_rows() -> None:
     latent = case.rows[reference.paged_rows(case.tables[0], 21, case.block_size)]
     expected = reference.latent_attention(case.q, latent, case.rank, case.scale)
     assert torch.equal(reference.paged_latent_attention(*case.arguments()), expected)
+
+
+has_kernels = pytest.mark.skipif(native.library() is None, reason=str(native.why_absent()))
+
+TOLERANCE = 3e-6
+"""Of sum p|v|."""
+
+
+def check(case: Paged) -> None:
+    out = native.paged_latent_attention(*case.arguments())
+    expected, bound = exact(case)
+    assert out.dtype is case.q.dtype
+    allowed = TOLERANCE * bound if out.dtype is torch.float32 else TOLERANCE * bound + BF16_HALF_ULP * expected.abs()
+    assert ((out.double() - expected).abs() <= allowed).all()
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope"), [(14, 128, 128), (128, 512, 64), (1, 1, 1), (17, 40, 6), (70, 65, 2)]
+)
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
+def test_kernel_shapes(heads: int, rank: int, rope: int, rows_dtype: torch.dtype) -> None:
+    for contexts in ([1], [15, 16, 17], [300, 2]):
+        check(make(contexts, heads=heads, rank=rank, rope=rope, block_size=16, rows_dtype=rows_dtype))
+
+
+@has_kernels
+def test_kernel_with_bfloat16_queries() -> None:
+    check(make([1, 100, 37], [1, 1, 4], heads=14, rank=32, rope=16, dtype=torch.bfloat16))
+
+
+@has_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernel_over_a_long_context(threads: int) -> None:
+    before = native.threads()
+    native.set_threads(threads)
+    check(make([20_000], heads=3, rank=16, rope=4, block_size=16))
+    native.set_threads(before)
+
+
+@has_kernels
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), heads=st.integers(1, 40), rank=st.integers(1, 80), rope=st.integers(0, 20))
+def test_any_batch(data: st.DataObject, heads: int, rank: int, rope: int) -> None:
+    contexts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    queries = [data.draw(st.integers(0, min(context, 5))) for context in contexts]
+    block_size = data.draw(st.sampled_from([1, 3, 16]))
+    check(make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=block_size, seed=heads))
+
+
+@has_kernels
+def test_large_scores_do_not_overflow_and_late_maxima_take_over() -> None:
+    case = make([400], heads=14, rank=16, rope=8)
+    ramp = torch.linspace(-60, 60, 400)[:, None]
+    at = reference.paged_rows(case.tables[0], 400, case.block_size)
+    case.rows[at] = case.rows[at] + ramp
+    out = native.paged_latent_attention(*case.arguments())
+    expected, bound = exact(case)
+    sizes = (case.q.double().abs() @ case.rows[at].double().abs().T * case.scale).amax()
+    assert sizes > 100  # exp(100) is near the end of FP32, and each score is itself rounded to 2^-24 of that
+    assert ((out.double() - expected).abs() <= (TOLERANCE + 2.0**-22 * sizes) * bound).all()
+
+
+@has_kernels
+def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
+    case = make([700, 33, 9000], [3, 1, 2], heads=14, rank=24, rope=8, block_size=16)
+    before = native.threads()
+    results = []
+    for threads in (1, 2):
+        native.set_threads(threads)
+        results.append(native.paged_latent_attention(*case.arguments()))
+    native.set_threads(before)
+    assert torch.equal(*results)
+    for query, sequence, context in ((0, 0, 698), (2, 0, 700), (3, 1, 33), (5, 2, 9000)):
+        alone = replace(
+            case,
+            q=case.q[query : query + 1],
+            tables=case.tables[sequence : sequence + 1],
+            contexts=torch.tensor([context], dtype=torch.int32),
+            starts=torch.tensor([0, 1], dtype=torch.int32),
+        )
+        assert torch.equal(native.paged_latent_attention(*alone.arguments())[0], results[0][query])
+
+
+@has_kernels
+@pytest.mark.parametrize("column", [0, 10])
+def test_a_nan_spoils_those_who_see_it_and_nobody_else(column: int) -> None:
+    case = make([40, 40], [3, 1], heads=14)
+    case.rows[reference.paged_rows(case.tables[0], 40, case.block_size)[38], column] = float("nan")
+    is_nan = native.paged_latent_attention(*case.arguments()).isnan()
+    assert not is_nan[0].any()
+    assert is_nan[1:3].all()
+    assert not is_nan[3].any()
+    case.q[0, 5, 0] = float("nan")
+    is_nan = native.paged_latent_attention(*case.arguments()).isnan()
+    assert is_nan[0, 5].all()
+    assert is_nan[0].sum() == case.rank
+
+
+@has_kernels
+def test_infinite_scores_weigh_nothing_or_spoil_the_head() -> None:
+    case = make([600], heads=2)
+    at = reference.paged_rows(case.tables[0], 600, case.block_size)
+    case.q[:] = 1.0
+    case.rows[at[:300], -1] = float("-inf")  # a whole part of the context, and more
+    expected = reference.paged_latent_attention(*case.arguments())
+    torch.testing.assert_close(native.paged_latent_attention(*case.arguments()), expected)
+    case.rows[at, -1] = float("-inf")
+    assert native.paged_latent_attention(*case.arguments()).isnan().all()
+
+
+@has_kernels
+def test_rows_may_be_a_slice_of_wider_rows() -> None:
+    case = make([50, 20], heads=14, rank=32, rope=16)
+    wide = torch.full((len(case.rows), 70), float("nan"))
+    wide[:, :48] = case.rows
+    check(replace(case, rows=wide[:, :48]))
+
+
+@has_kernels
+def test_kernel_without_queries() -> None:
+    case = make([5, 9], [0, 0])
+    assert native.paged_latent_attention(*case.arguments()).shape == (0, 3, 8)
+    nobody = replace(case, tables=case.tables[:0], contexts=case.contexts[:0], starts=torch.zeros(1, dtype=torch.int32))
+    assert native.paged_latent_attention(*nobody.arguments()).shape == (0, 3, 8)
+
+
+@has_kernels
+def test_books_that_do_not_add_up_are_refused() -> None:
+    case = make([9, 5], [2, 1])
+    negative, outside = case.tables.clone(), case.tables.clone()
+    negative[0, 1] = -1
+    outside[1, 0] = len(case.rows) // case.block_size
+    wrong = [
+        replace(case, tables=negative),
+        replace(case, tables=outside),
+        replace(case, tables=case.tables[:, :2]),
+        replace(case, contexts=torch.tensor([9, 0], dtype=torch.int32)),
+        replace(case, contexts=torch.tensor([1, 5], dtype=torch.int32)),
+        replace(case, contexts=torch.tensor([-9, 5], dtype=torch.int32)),
+        replace(case, starts=torch.tensor([0, 2, 4], dtype=torch.int32)),
+        replace(case, starts=torch.tensor([1, 2, 3], dtype=torch.int32)),
+        replace(case, starts=torch.tensor([0, 5, 3], dtype=torch.int32)),
+    ]
+    for one in wrong:
+        with pytest.raises(IndexError, match="outside the cache"):
+            native.paged_latent_attention(*one.arguments())
+
+
+@has_kernels
+def test_gradients_and_other_dtypes_go_through_the_reference() -> None:
+    case = make([9, 5])
+    case.q.requires_grad_()
+    out = native.paged_latent_attention(*case.arguments())
+    (gradient,) = torch.autograd.grad(out.sum(), case.q)
+    assert gradient.isfinite().all()
+    wide = replace(case, q=case.q.detach().double(), rows=case.rows.double(), tables=case.tables.long())
+    assert torch.equal(
+        native.paged_latent_attention(*wide.arguments()), reference.paged_latent_attention(*wide.arguments())
+    )
+
+
+@has_kernels
+def test_the_kernel_is_registered() -> None:
+    assert ops.paged_latent_attention.backend("cpu") == "native"
