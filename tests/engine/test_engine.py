@@ -108,7 +108,7 @@ def test_a_full_queue_says_so() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"block_size": 0}, {"max_running": 9, "step_tokens": 8}, {"max_context": 1}])
-def test_settings_that_cannot_work_are_refused(bad: dict[str, int]) -> None:
+def test_settings_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         EngineSettings(**bad)
 
