@@ -13,6 +13,7 @@ from kvern.engine.scheduler import Chunk
 from kvern.engine.threads import threads_for
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.attention import Attention
+from kvern.ops import native
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Runner:
 
     def __init__(self, model: Transformer, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
+        self._kernel_rows = native.kernel_rows(model.activation_dtype, model.lm_head.weight.dtype)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Computed:
@@ -50,7 +52,7 @@ class Runner:
             cache=view,
             logits_at=torch.tensor(wanted, dtype=torch.int64),
         )
-        with threads_for(len(tokens), max(batch.contexts)):
+        with threads_for(len(tokens), self._kernel_rows):
             logits: Tensor = self.model(batch)
         return Computed(logits, tuple(rows))
 

@@ -141,6 +141,11 @@ def paged_latent_attention(
     return out
 
 
+def kernel_rows(activations: torch.dtype, weights: torch.dtype) -> int:
+    """Rows up to which `linear` runs in the kernels for these dtypes; 0 without the library."""
+    return 0 if library() is None else FEW_ROWS.get((activations, weights), 0)
+
+
 def isa() -> str | None:
     """The instruction set in use: "avx512", "avx2" or "scalar"; None without the library."""
     lib = library()
