@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("kvern.cli.chat", "talk to a model here, or to any server"),
     "pull": ("kvern.cli.pull", "download a known model and verify it"),
     "convert": ("kvern.cli.convert", "convert or import a model into a V3 checkpoint"),
+    "bench": ("kvern.cli.bench", "measure the engine here, or any server"),
     "doctor": ("kvern.cli.doctor", "describe this machine, and what would make it faster"),
 }
 EXAMPLES = """\

@@ -1,0 +1,55 @@
+"""Reaches a depth without computing it: sequences enter the prefix cache with random latents.
+
+The engine runs the prompts as always, chunks, blocks, hashes and all; only the model's layers are exchanged meanwhile
+for ones that store random rows and compute nothing. A later request with the same prompt finds them as its cached
+prefix and attends over them at full cost: attention takes the same time whatever the rows hold. What it gives up:
+answers that mean anything, and a choice of experts as real text would make it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kvern.engine import Engine, SamplingParams
+from kvern.model import ForwardBatch, Transformer
+
+
+class RandomLatents(nn.Module):
+    """Stands for a decoder layer: stores rows of a normal distribution for the batch's tokens, returns x as it came."""
+
+    def __init__(self, layer: int, rows_RD: Tensor) -> None:
+        super().__init__()
+        self.layer, self.rows_RD = layer, rows_RD
+
+    def forward(self, x_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
+        """x [T, hidden] -> x."""
+        assert batch.cache is not None
+        batch.cache.extend(self.layer, self.rows_RD[self.layer : self.layer + len(x_TE)])
+        return x_TE
+
+
+def fill(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Put the whole blocks of each prompt into the prefix cache, with random latents. The engine must be idle."""
+    with random_latents(engine.model, engine.settings.step_tokens):
+        for prompt in prompts:
+            engine.add(prompt, SamplingParams(max_tokens=1, ignore_eos=True))
+        while engine.has_work():
+            engine.step()
+
+
+@contextmanager
+def random_latents(model: Transformer, most_tokens: int) -> Iterator[None]:
+    """Exchange the layers for `RandomLatents` within the block, for passes of at most so many tokens."""
+    config, layers = model.config, model.model.layers
+    generator = torch.Generator().manual_seed(0)
+    rows_RD = torch.randn(most_tokens + len(layers), config.latent_dim, generator=generator)
+    rows_RD = rows_RD.to(model.activation_dtype)
+    model.model.layers = nn.ModuleList(RandomLatents(layer, rows_RD) for layer in range(len(layers)))
+    try:
+        yield
+    finally:
+        model.model.layers = layers
