@@ -18,6 +18,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 TEXT = ["def add(a, b):\n    return a + b\n", "the cat sat on the mat"] * 10
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 PADDED_VOCABULARY = 320
 CONTEXT = 256
 
@@ -63,7 +64,7 @@ def text_files() -> dict[str, bytes]:
     tokenizer.train_from_iterator(
         TEXT, trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
     )
-    tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
+    tokenizer.add_special_tokens(["<|start|>", "<|end|>", *FIM])
     config = {"bos_token": "<|start|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
     return {
         "tokenizer.json": tokenizer.to_str().encode(),

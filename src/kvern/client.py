@@ -1,5 +1,6 @@
 """The calls of `llm.LLM` against any server that speaks OpenAI's Chat Completions.
 
+Options that are left at their defaults are not sent, so vLLM's extensions (top_k, min_p ...) reach only who asked.
 It reads only what it needs of an answer, so servers that say more, or less, work. Failures become KvernErrors: the
 server's own message with its status and field, or UnreachableError with a hint when nobody answers.
 """
@@ -15,7 +16,8 @@ from typing import Any, NoReturn, Self
 import httpx
 
 from kvern.errors import BadRequestError, BusyError, KvernError, NotFoundError, UnreachableError
-from kvern.text.messages import Completion, MessageLike, SamplingOptions, as_messages
+from kvern.text.messages import Completion, MessageLike, as_messages
+from kvern.text.options import SamplingOptions
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 600.0
@@ -76,6 +78,7 @@ class Client:
                 choice["finish_reason"],
                 usage.get("prompt_tokens", 0),
                 usage.get("completion_tokens", 0),
+                (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise KvernError(f"{self.url} sent something else than a chat completion") from error
@@ -105,20 +108,14 @@ class Client:
                 yield text
 
     def _body(self, messages: str | Sequence[MessageLike], sampling: dict[str, Any]) -> dict[str, Any]:
-        options = SamplingOptions.of(**sampling)
-        chosen = {
-            "max_tokens": options.max_tokens,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "seed": options.seed,
-            "stop": list(options.stop) or None,
-        }
+        chosen = SamplingOptions.of(**sampling).changes()
+        for name in ("logprobs", "prompt_logprobs"):
+            if name in chosen:
+                raise BadRequestError(f"{name} is not supported yet by the client", param=name)
+        if "logit_bias" in chosen:
+            chosen["logit_bias"] = {str(token): bias for token, bias in chosen["logit_bias"]}
         conversation = [message.as_template_value() for message in as_messages(messages)]
-        return {
-            "model": self.model,
-            "messages": conversation,
-            **{name: value for name, value in chosen.items() if value is not None},
-        }
+        return {"model": self.model, "messages": conversation, **chosen}
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with self._errors():

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -26,24 +26,73 @@ TABLE = "serve"
 DEFAULT_FILE = Path("kvern.toml")
 
 
+GROUPS = ("model", "server", "engine")
+"""Of `kvern serve --help`, in this order; each field says to which it belongs."""
+MODEL: dict[str, JsonValue] = {"group": "model"}
+SERVER: dict[str, JsonValue] = {"group": "server"}
+ENGINE: dict[str, JsonValue] = {"group": "engine"}
+
+
 class ServeSettings(BaseSettings):
     """How `kvern serve` serves."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str = Field(default="coder-0.5b", min_length=1, description="a pulled model's name, or a checkpoint folder")
-    host: str = Field(
-        default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 opens it to the network"
+    model: str = Field(
+        default="coder-0.5b",
+        min_length=1,
+        description="a pulled model's name, or a checkpoint folder",
+        json_schema_extra=MODEL,
     )
-    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     dtype: Literal["auto", "bf16", "f32"] = Field(
-        default="auto", description="weights in memory; auto suits this machine"
+        default="auto", description="weights in memory; auto suits this machine", json_schema_extra=MODEL
     )
     max_context: int | None = Field(
-        default=None, ge=2, description="tokens of prompt and answer together; default: the model's"
+        default=None,
+        ge=2,
+        description="tokens of prompt and answer together; default: the model's",
+        json_schema_extra=MODEL,
     )
-    threads: int | None = Field(default=None, ge=1, description="threads to compute with; default: every usable core")
-    max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="largest request body")
+    threads: int | None = Field(
+        default=None, ge=1, description="threads to compute with; default: every usable core", json_schema_extra=MODEL
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="address to listen on; 0.0.0.0 opens it to the network",
+        json_schema_extra=SERVER,
+    )
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one", json_schema_extra=SERVER
+    )
+    max_body_bytes: int = Field(
+        default=8 * 2**20, ge=1024, description="largest request body", json_schema_extra=SERVER
+    )
+    shutdown_timeout: float = Field(
+        default=30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running answers get to end after SIGTERM",
+        json_schema_extra=SERVER,
+    )
+    max_running: int = Field(
+        default=64, ge=1, description="requests that are computed together", json_schema_extra=ENGINE
+    )
+    max_waiting: int = Field(
+        default=256, ge=1, description="requests that may queue; the next one gets 429", json_schema_extra=ENGINE
+    )
+    step_tokens: int = Field(
+        default=512, ge=1, description="tokens computed in one step, prompts included", json_schema_extra=ENGINE
+    )
+    cache_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="tokens that the cache holds; default: up to 8 full contexts in half the free memory",
+        json_schema_extra=ENGINE,
+    )
+    prefix_caching: bool = Field(
+        default=True, description="keep the cache of prompts that may come again", json_schema_extra=ENGINE
+    )
 
 
 def load(flags: dict[str, Any], config: Path | None = None) -> ServeSettings:
@@ -74,11 +123,13 @@ def load(flags: dict[str, Any], config: Path | None = None) -> ServeSettings:
 
 
 def add_arguments(parser: argparse.ArgumentParser, positional: str = "model") -> None:
-    """Add one argument for every field, and --config. Arguments that are not given stay out of the namespace."""
+    """Add one argument for every field, in its group, and --config. What is not given stays out of the namespace."""
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for name, field in ServeSettings.model_fields.items():
         flag = [name] if name == positional else [f"--{name.replace('_', '-')}"]
         extra: dict[str, Any] = {"nargs": "?", "metavar": name.upper()} if name == positional else {}
-        parser.add_argument(*flag, **extra, **_argument_type(field), default=argparse.SUPPRESS, help=_help(field))
+        arguments = {**extra, **_argument_type(field), "default": argparse.SUPPRESS, "help": _help(field)}
+        groups[_group(field)].add_argument(*flag, **arguments)
     file_help = f"TOML file with a [{TABLE}] table (default: {DEFAULT_FILE} of the working folder, if there is one)"
     parser.add_argument("--config", type=Path, metavar="FILE", help=file_help)
 
@@ -88,9 +139,19 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in ServeSettings.model_fields}
 
 
+def _group(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict), "every setting names its group"
+    return str(extra["group"])
+
+
 def _argument_type(field: FieldInfo) -> dict[str, Any]:
     if get_origin(field.annotation) is Literal:
         return {"choices": get_args(field.annotation)}
+    if field.annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if field.annotation is float:
+        return {"type": float, "metavar": "SECONDS"}
     return {"type": int, "metavar": "N"} if int in (field.annotation, *get_args(field.annotation)) else {}
 
 

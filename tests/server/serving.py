@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 
 from kvern.errors import KvernError
 from kvern.llm import LLM
 from kvern.server.app import create_app
+from kvern.server.draining import DrainingServer
+from kvern.server.generate import EngineHost
 from kvern.settings import ServeSettings
 
 
@@ -20,22 +23,32 @@ from kvern.settings import ServeSettings
 class Serving:
     url: str
     results: list[LLM | KvernError]
+    host: EngineHost
+    stop: Callable[[], None]
+    """What SIGTERM does."""
+
+    thread: threading.Thread
 
 
 @contextmanager
-def serving(load: Callable[[], LLM], *, wait: bool = True, max_body_bytes: int = 4096) -> Iterator[Serving]:
+def serving(
+    load: Callable[[], LLM], *, wait: bool = True, settings: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Serving]:
     """Serve until the block ends; with `wait`, the block starts once the model is loaded (or failed to)."""
     results: list[LLM | KvernError] = []
-    app = create_app(load, ServeSettings(max_body_bytes=max_body_bytes), results.append)
+    chosen = ServeSettings(**{"max_body_bytes": 4096, "shutdown_timeout": 5, **(settings or {})})
+    app = create_app(load, chosen, results.append, **options)
     config = uvicorn.Config(app, port=0, log_level="critical", lifespan="on", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = DrainingServer(config, app.state.host, chosen.shutdown_timeout)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_until(lambda: server.started and (bool(results) or not wait))
-        yield Serving(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", results)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield Serving(url, results, app.state.host, lambda: server.handle_exit(15, None), thread)
     finally:
-        server.should_exit = True
+        if thread.is_alive() and not server.should_exit:
+            server.handle_exit(15, None)
         thread.join(20)
     assert not thread.is_alive()
 

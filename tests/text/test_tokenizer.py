@@ -72,3 +72,16 @@ def test_loading_names_the_file(tmp_path: Path, byte_level: Tokenizer) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: must hold a JSON object"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["def add(a, b):\n    return a", "naïve 東京 ☕", "<|im_end|>"])
+def test_bytes_of_tokens_join_to_the_text(byte_level: Tokenizer, text: str) -> None:
+    for allow in (True, False):
+        ids = byte_level.encode(text, allow_special=allow)
+        assert b"".join(byte_level.token_bytes(token) for token in ids).decode() == text
+
+
+def test_bytes_of_tokens_with_byte_fallback(byte_fallback: Tokenizer) -> None:
+    ids = byte_fallback.encode("ab é ☕")
+    assert b"".join(byte_fallback.token_bytes(token) for token in ids).decode() == " ab é ☕"
+    assert byte_fallback.token_bytes(10**6) == b""

@@ -7,8 +7,11 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from kvern.errors import KvernError
-from kvern.wire.openai import Usage
-from kvern.wire.stream import ChatStream, error_event
+from kvern.text.messages import ScoredToken
+from kvern.wire.answers import Usage
+from kvern.wire.stream import ChatStream, CompletionStream, Head, error_event
+
+HEAD = Head("id-1", 5, "m", "fp")
 
 
 def read(events: bytes) -> list[Any]:
@@ -18,8 +21,13 @@ def read(events: bytes) -> list[Any]:
 
 @pytest.mark.parametrize("include_usage", [True, False])
 def test_the_shape_of_a_stream(include_usage: bool) -> None:
-    stream = ChatStream("chatcmpl-1", 5, "m", "fp", include_usage)
-    events = read(stream.start() + stream.text("é\n\n") + stream.finish("stop", Usage.of(3, 4)))
+    stream = ChatStream(HEAD, include_usage, logprobs=False)
+    events = read(
+        stream.start(0)
+        + stream.piece(0, "", (), None)
+        + stream.piece(0, "é\n\n", (), "stop")
+        + stream.finish(Usage.of(3, 4, 2))
+    )
     assert events.pop() == "[DONE]"
     for chunk in events:
         ChatCompletionChunk.model_validate(chunk, strict=True)
@@ -31,7 +39,9 @@ def test_the_shape_of_a_stream(include_usage: bool) -> None:
             "prompt_tokens": 3,
             "completion_tokens": 4,
             "total_tokens": 7,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 2},
+            "prompt_cache_hit_tokens": 2,
+            "prompt_cache_miss_tokens": 1,
         }
     assert [chunk["choices"][0]["delta"] for chunk in events] == [
         {"role": "assistant", "content": ""},
@@ -39,6 +49,28 @@ def test_the_shape_of_a_stream(include_usage: bool) -> None:
         {},
     ]
     assert [chunk["choices"][0]["finish_reason"] for chunk in events] == [None, None, "stop"]
+
+
+def test_scores_travel_with_their_text() -> None:
+    scores = (ScoredToken("a", b"a", -1.0, (), 0),)
+    events = read(ChatStream(HEAD, False, logprobs=True).piece(1, "a", scores, "length"))
+    assert [chunk["choices"][0]["index"] for chunk in events] == [1, 1]
+    assert events[0]["choices"][0]["logprobs"]["content"][0]["token"] == "a"
+    ChatCompletionChunk.model_validate(events[0], strict=True)
+
+
+def test_an_echo_comes_first() -> None:
+    plain = CompletionStream(HEAD, False, logprobs=False, prompts=("pq",))
+    assert [chunk["choices"][0]["text"] for chunk in read(plain.start(0) + plain.piece(0, "a", (), None))] == [
+        "pq",
+        "a",
+    ]
+    scored = CompletionStream(HEAD, False, logprobs=True, prompts=("pq",))
+    prompt, answer = (ScoredToken("pq", b"pq", None, (), 0),), (ScoredToken("a", b"a", -1.0, (), 0),)
+    first, second = read(scored.start(0) + scored.piece(0, "a", answer, "stop", prompt))
+    assert (first["choices"][0]["text"], first["choices"][0]["finish_reason"]) == ("pq", None)
+    assert second["choices"][0]["logprobs"]["text_offset"] == [2]
+    assert second["choices"][0]["finish_reason"] == "stop"
 
 
 def test_an_error_event_holds_the_envelope() -> None:

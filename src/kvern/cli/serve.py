@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -19,15 +18,18 @@ from kvern.errors import ConfigError, KvernError, NotEnoughMemoryError
 from kvern.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from kvern.llm import LLM
+    from kvern.engine import EngineSettings
 
 HELP = "Serve a model over HTTP, as OpenAI's API. Settings also come from KVERN_* variables and kvern.toml."
 EXAMPLES = """\
 kvern serve                                  coder-0.5b on http://127.0.0.1:8000
 kvern serve ./my-model --port 9000 --max-context 8192
+kvern serve --cache-tokens 200000 --max-running 16 --max-waiting 64
+kvern serve --shutdown-timeout 120           long answers may end after SIGTERM
 KVERN_HOST=0.0.0.0 kvern serve --config team.toml
 """
-GRACE_SECONDS = 10
+CLOSING_SECONDS = 5
+"""For connections that are still open when no answer runs any more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM, then let the running answer end."""
+    """Serve until SIGINT or SIGTERM, then let the running answers end."""
     chosen = settings.load(settings.given(args), args.config)
     with _listen(chosen.host, chosen.port) as listener:
         folder = _model_folder(chosen.model)
@@ -56,6 +58,7 @@ def check_memory(folder: Path, chosen: ServeSettings) -> str:
     in_memory = {"auto": counted.checkpoint_bytes, "bf16": 2 * counted.parameters, "f32": 4 * counted.parameters}
     weights = in_memory[chosen.dtype]
     context = min(chosen.max_context or config.max_position_embeddings, config.max_position_embeddings)
+    context = chosen.cache_tokens or context
     cache, available = wide * counted.cache_bytes(context), machine().memory_available
     line = (
         f"memory: {_gib(weights)} weights + {_gib(cache)} cache for {context:,} tokens "
@@ -109,13 +112,11 @@ def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
 
     from kvern.llm import LLM
     from kvern.server.app import create_app
+    from kvern.server.draining import DrainingServer
 
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     failures: list[KvernError] = []
-
-    def load() -> LLM:
-        return LLM(chosen.model, dtype=chosen.dtype, max_context=chosen.max_context, threads=chosen.threads)
 
     def loaded(result: LLM | KvernError) -> None:
         if isinstance(result, KvernError):
@@ -124,16 +125,30 @@ def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
         else:
             print(banner(url, result.name), flush=True)
 
-    config = uvicorn.Config(
-        create_app(load, chosen, loaded), log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS
+    engine = engine_settings(chosen)
+    app = create_app(
+        lambda: LLM(chosen.model, dtype=chosen.dtype, threads=chosen.threads, settings=engine), chosen, loaded
     )
-    server = uvicorn.Server(config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn acts on them, then raises them again; stopping is no error
-        signal.signal(number, lambda *_: None)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+    server = DrainingServer(config, app.state.host, chosen.shutdown_timeout)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
     return 0
+
+
+def engine_settings(chosen: ServeSettings) -> EngineSettings:
+    """The engine's part of the settings. Raises ConfigError where they contradict each other."""
+    from kvern.engine import EngineSettings
+
+    return EngineSettings(
+        max_context=chosen.max_context,
+        cache_tokens=chosen.cache_tokens,
+        step_tokens=chosen.step_tokens,
+        max_running=chosen.max_running,
+        max_waiting=chosen.max_waiting,
+        prefix_caching=chosen.prefix_caching,
+    )
 
 
 def _gib(count: int) -> str:

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from kvern.errors import BadRequestError, KvernError, NotFoundError
+from kvern import __version__
+from kvern.errors import BadRequestError, KvernError, NotFoundError, TryLaterError
 from kvern.llm import LLM
-from kvern.server.generate import EngineWorker
-from kvern.server.routes import router
+from kvern.server import openapi
+from kvern.server.generate import BUFFER, EngineHost
+from kvern.server.metrics import Metrics
+from kvern.server.request_id import HEADER, RequestId
+from kvern.server.routes import Salt, one_tenant, router
 from kvern.settings import ServeSettings
-from kvern.wire.openai import ChatCompletionRequest, error_body
+from kvern.wire.answers import error_body
 
 log = logging.getLogger(__name__)
-REF = "#/components/schemas/{model}"
 
 
 class MethodNotAllowedError(BadRequestError):
@@ -37,45 +39,56 @@ class MethodNotAllowedError(BadRequestError):
 
 
 def create_app(
-    load: Callable[[], LLM], settings: ServeSettings, loaded: Callable[[LLM | KvernError], None] = lambda _: None
+    load: Callable[[], LLM],
+    settings: ServeSettings,
+    loaded: Callable[[LLM | KvernError], None] = lambda _: None,
+    *,
+    salt: Salt = one_tenant,
+    buffer: int = BUFFER,
 ) -> FastAPI:
-    """Build the application. `load` runs in the background once the server is up; `loaded` then gets its result."""
+    """Build the application. `load` runs in the background once the server is up; `loaded` then gets its result.
+
+    `salt` tells whose prefixes a request may share; `buffer` bounds the updates that wait for a slow reader.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(app.state.worker, loaded))
+        loading = asyncio.create_task(_load(app.state.host, loaded))
         yield
-        await asyncio.to_thread(app.state.worker.stop)
+        await app.state.host.stop()
         await asyncio.gather(loading, return_exceptions=True)
 
-    app = FastAPI(title="Kvern", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Kvern", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
-    app.state.worker = EngineWorker(load)
+    app.state.metrics = Metrics()
+    app.state.host = EngineHost(load, app.state.metrics, buffer=buffer)
+    app.state.salt = salt
     app.state.started = int(time.time())
     app.include_router(router)
+    app.add_middleware(RequestId)
     app.add_exception_handler(KvernError, _kvern_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]
     return app
 
 
-async def _load(worker: EngineWorker, loaded: Callable[[LLM | KvernError], None]) -> None:
+async def _load(host: EngineHost, loaded: Callable[[LLM | KvernError], None]) -> None:
     try:
-        await worker.start()
+        await host.start()
+        loaded(host.llm)
     except KvernError as error:
         loaded(error)
     except Exception as error:
         log.exception("the model could not be loaded")
         loaded(KvernError(f"the model could not be loaded: {error!r}"))
-    else:
-        loaded(worker.llm)
 
 
 def _respond(error: KvernError, headers: dict[str, str] | None = None) -> Response:
-    retry_after = getattr(error, "retry_after", None)
-    extra = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    return JSONResponse(error_body(error).model_dump(), error.status, {**(headers or {}), **extra})
+    extra = dict(headers or {})
+    if isinstance(error, TryLaterError):
+        extra["Retry-After"] = str(math.ceil(error.retry_after))
+    return JSONResponse(error_body(error).model_dump(), error.status, extra)
 
 
 async def _kvern_error(_: Request, error: Exception) -> Response:
@@ -94,21 +107,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _respond(BadRequestError(str(error.detail)))
 
 
-async def _unexpected_error(_: Request, error: Exception) -> Response:
-    """What nobody foresaw; uvicorn logs the traceback, the client learns only that it is not to blame."""
-    return _respond(KvernError("an error inside the server"))
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    """What nobody foresaw; uvicorn logs the traceback, the client learns only that it is not to blame.
 
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the request body that we read ourselves."""
-    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    body = ChatCompletionRequest.model_json_schema(ref_template=REF)
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    schemas.update(body.pop("$defs"))
-    schemas["ChatCompletionRequest"] = body
-    for unused in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(unused, None)
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-    return document
+    This answer is made outside the middleware, so it carries the request's id by itself.
+    """
+    request_id = getattr(request.state, "request_id", "")
+    log.error("request %s failed", request_id)
+    return _respond(KvernError("an error inside the server"), {HEADER: request_id} if request_id else None)

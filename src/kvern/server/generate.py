@@ -1,113 +1,205 @@
-"""From the event loop to the engine and back: one request at a time, in order of arrival.
+"""From the event loop to the engine's thread and back: one hand-over a step, whatever the number of requests.
 
-One worker thread computes. Finished pieces cross to the event loop through a bounded hand-over: a reader that is slow
-holds the worker after HAND_OVER pieces instead of filling memory. When the reader goes away, at whatever point, the
-engine is told and stops within one token; the next request starts only after that.
+    submit (loop) -> engine thread: step -> deliver -> one call_soon_threadsafe -> distribute (loop) -> answers
+
+Text is made on the loop's side, so the engine's thread only computes. An answer that is read too slowly fills its
+bounded buffer and is then cancelled; an answer that nobody reads any more is cancelled at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 
-from kvern.errors import KvernError
-from kvern.llm import LLM, Piece, Prepared
-from kvern.text.messages import Message, SamplingOptions
+from kvern.engine import Update
+from kvern.engine.service import EngineThread
+from kvern.errors import KvernError, UnavailableError
+from kvern.llm import LLM, Prepared
+from kvern.server.metrics import Metrics
 
-HAND_OVER = 64
-POLL_SECONDS = 0.1
+BUFFER = 2048
+"""Updates of a request that may wait for their reader."""
+
+RETRY_SECONDS = 5.0
+GRACE_SECONDS = 2.0
+"""How long answers that were cut short get to send their last event."""
+
 log = logging.getLogger(__name__)
 
 
-class NotReadyError(KvernError):
-    """The model is still being loaded."""
+class SlowReaderError(KvernError):
+    """The client reads much slower than the model writes."""
 
-    status = 503
-    code = "not_ready"
+    status = 408
+    code = "slow_reader"
 
 
-class EngineWorker:
-    """Owns the worker thread. Load the model with `start`, then `prepare` and `stream` requests."""
+class EngineHost:
+    """Owns the model and the engine's thread. `start` loads; then `submit`; `drain` and `stop` end."""
 
-    def __init__(self, load: Callable[[], LLM]) -> None:
+    def __init__(self, load: Callable[[], LLM], metrics: Metrics, *, buffer: int = BUFFER) -> None:
         self._load = load
+        self._metrics = metrics
+        self._buffer = buffer
         self._llm: LLM | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvern-engine")
-        self._stopping = threading.Event()
+        self._thread: EngineThread | None = None
+        self._answers: dict[int, Answer] = {}
+        self._draining = False
+
+    async def start(self) -> None:
+        """Load the model beside the event loop; what `load` raises is raised here."""
+        loop = asyncio.get_running_loop()
+        llm = await asyncio.to_thread(self._load)
+        if self._draining:
+            return
+        self._llm = llm
+
+        def deliver(updates: list[Update]) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody reads any more
+                loop.call_soon_threadsafe(self._distribute, updates)
+
+        self._thread = EngineThread(llm.engine, deliver)
+        self._metrics.serve(llm.name, llm.engine.stats)
 
     @property
     def llm(self) -> LLM:
-        """The model. Raises NotReadyError until it is loaded."""
+        """The model. Raises UnavailableError until it is loaded."""
         if self._llm is None:
-            raise NotReadyError("the model is still being loaded", hint="ask GET /ready until it answers 200")
+            hint = "ask GET /ready until it answers 200"
+            raise UnavailableError("the model is still being loaded", retry_after=RETRY_SECONDS, hint=hint)
         return self._llm
 
-    async def start(self) -> None:
-        """Load the model in the worker; what `load` raises is raised here."""
-        self._llm = await asyncio.get_running_loop().run_in_executor(self._worker, self._load)
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine computes, or is still to come."""
+        return self._thread is None or self._thread.healthy
 
-    def stop(self) -> None:
-        """End the request that runs within one token, drop those that wait, and let the worker go."""
-        self._stopping.set()
-        self._worker.shutdown(wait=True, cancel_futures=True)
+    def open(self) -> LLM:
+        """The model, where a new request would be served. UnavailableError: it loads, stops, or comes after a fault."""
+        if self._draining:
+            raise UnavailableError("the server is stopping", retry_after=RETRY_SECONDS)
+        llm = self.llm
+        if not self.healthy:
+            raise UnavailableError("the engine failed and is starting again", retry_after=RETRY_SECONDS)
+        return llm
 
-    async def prepare(self, messages: list[Message], options: SamplingOptions) -> Prepared:
-        """Check a chat request and tokenise it, off the event loop and beside the engine."""
-        return await asyncio.to_thread(self.llm.prepare_chat, messages, options)
+    def submit(self, requests: Sequence[Prepared], *, priority: int, salt: bytes) -> Answer:
+        """Queue the requests behind one HTTP request, all or none.
 
-    async def stream(self, prepared: Prepared) -> AsyncGenerator[Piece]:
-        """Yield the pieces of the answer. Closing this iterator cancels the request."""
-        hand_over = _HandOver(asyncio.get_running_loop())
-        pieces = self.llm.run(prepared, lambda: hand_over.closed.is_set() or self._stopping.is_set())
-        self._worker.submit(hand_over.fill, pieces)
+        Raises BusyError, UnavailableError, BadRequestError.
+        """
+        self.open()
+        assert self._thread is not None
+        answer = Answer(self, len(requests) * self._buffer)
         try:
-            async for piece in hand_over:
-                yield piece
-        finally:
-            hand_over.closed.set()
+            for request in requests:
+                number = self._thread.submit(request.prompt, request.params, priority=priority, salt=salt)
+                self._answers[number] = answer
+                self._metrics.submitted(number)
+                answer.add(number)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def cancel(self, number: int) -> None:
+        """Let go of one engine request; it ends within one step."""
+        if self._answers.pop(number, None) is not None and self._thread is not None:
+            self._thread.cancel(number)
+            self._metrics.forget(number)
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new and wait until what runs has ended; after `seconds`, cut it short."""
+        self._draining = True
+        await self._wait_until_idle(seconds)
+        for answer in set(self._answers.values()):
+            answer.fail(UnavailableError("the server is stopping", retry_after=RETRY_SECONDS))
+        await self._wait_until_idle(GRACE_SECONDS)
+
+    async def stop(self) -> None:
+        """Cancel whatever is left and join the engine's thread."""
+        self._draining = True
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.stop, 0.0)
+
+    async def _wait_until_idle(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self._answers and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    def _distribute(self, updates: list[Update]) -> None:
+        """On the loop, once a step: give every answer its updates."""
+        now = time.monotonic()
+        for update in updates:
+            answer = self._answers.get(update.request_id)
+            if answer is None:  # cancelled while the step ran
+                continue
+            self._metrics.updated(update, now)
+            if update.finish is not None:
+                del self._answers[update.request_id]
+            answer.put(update)
 
 
-class _HandOver:
-    """Carries pieces, then an end or an exception, from the worker thread to the event loop."""
+class Answer:
+    """The updates of the engine requests behind one HTTP request; read them as lists of (index, update)."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.closed = threading.Event()
-        self._loop = loop
-        self._room = threading.Semaphore(HAND_OVER)
-        self._queue: asyncio.Queue[Piece | KvernError | None] = asyncio.Queue()
+    def __init__(self, host: EngineHost, limit: int) -> None:
+        self._host = host
+        self._limit = limit
+        self._index: dict[int, int] = {}
+        self._running: set[int] = set()
+        self._unread: deque[tuple[int, Update]] = deque()
+        self._error: KvernError | None = None
+        self._arrived = asyncio.Event()
 
-    def fill(self, pieces: Generator[Piece]) -> None:
-        """In the worker: put all pieces, unless the reader is gone."""
-        try:
-            with closing(pieces):
-                for piece in pieces:
-                    if not self._put(piece):
-                        return
-            self._put(None)
-        except KvernError as error:
-            self._put(error)
-        except Exception:
-            log.exception("a request failed")
-            self._put(KvernError("the answer failed inside the server"))
+    def add(self, number: int) -> None:
+        """Wait for one more engine request."""
+        self._index[number] = len(self._index)
+        self._running.add(number)
 
-    def _put(self, item: Piece | KvernError | None) -> bool:
-        while not self.closed.is_set():
-            if self._room.acquire(timeout=POLL_SECONDS):
-                with suppress(RuntimeError):  # the loop was closed: nobody reads any more
-                    self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-                return True
-        return False
+    def put(self, update: Update) -> None:
+        """Take an update from the engine."""
+        if update.finish is not None:
+            self._running.discard(update.request_id)
+        self._unread.append((self._index[update.request_id], update))
+        if len(self._unread) > self._limit:
+            self.fail(SlowReaderError("the answer was read too slowly and has been cancelled"))
+        self._arrived.set()
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    def end(self, index: int) -> None:
+        """One request needs no more tokens: a stop string was found."""
+        for number, position in self._index.items():
+            if position == index and number in self._running:
+                self._running.discard(number)
+                self._host.cancel(number)
+
+    def fail(self, error: KvernError) -> None:
+        """Cancel what runs; the reader gets what waits, then the error."""
+        self._error = self._error or error
+        self.close()
+        self._arrived.set()
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        for number in self._running:
+            self._host.cancel(number)
+        self._running.clear()
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Update]]]:
+        """All updates, as many at once as there are; raises the error that ended the answer."""
         while True:
-            item = await self._queue.get()
-            self._room.release()
-            if item is None:
+            if self._unread:
+                waiting = list(self._unread)
+                self._unread.clear()
+                yield waiting
+            elif self._error is not None:
+                raise self._error
+            elif not self._running:
                 return
-            if isinstance(item, KvernError):
-                raise item
-            yield item
+            else:
+                self._arrived.clear()
+                await self._arrived.wait()

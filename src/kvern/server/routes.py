@@ -1,173 +1,192 @@
-"""The routes, and how a chat answer leaves: as one body, or as events that start once the request is known to be good.
+"""The routes. A request is checked, tokenised and queued before the first byte of an answer leaves.
 
-A handler waits for the answer and for the client's disconnect at once, whichever comes first, also while the request
-waits for its turn.
+So whatever refuses it (a bad field, a full queue, a prompt that can never fit) does so with a status of its own. From
+then on the handler waits for the answer and for the client's disconnect at once, whichever comes first.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any, TypeAlias
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
-from kvern.errors import BadRequestError, KvernError, NotFoundError
+from kvern.errors import BadRequestError, NotFoundError, UnavailableError
 from kvern.llm import LLM, Prepared
-from kvern.server.generate import EngineWorker
-from kvern.wire import openai as wire
-from kvern.wire.stream import ChatStream, error_event
+from kvern.server.answering import Pieces, chat_body, completion_body, events, head, spread, whole
+from kvern.server.generate import RETRY_SECONDS, Answer, EngineHost
+from kvern.server.http import CLIENT_CLOSED_REQUEST, EventStream, read_body, until_disconnected
+from kvern.settings import ServeSettings
+from kvern.wire import answers as wire
+from kvern.wire.chat import ChatCompletion, parse_chat_request
+from kvern.wire.completions import Completion, CompletionRequest, parse_completion_request
+from kvern.wire.fields import SamplingFields
+from kvern.wire.stream import ChatStream, CompletionStream
 
-SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-CLIENT_CLOSED_REQUEST = 499
-JSON_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}},
-    }
+Salt: TypeAlias = Callable[[Request], bytes]
+"""Whose prefixes a request may share: it is asked on the server's side, and no client can set it."""
+
+DOCS_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "One body, or its events."}
 }
 router = APIRouter(responses={"4XX": {"model": wire.ErrorBody}, "5XX": {"model": wire.ErrorBody}})
 
 
-class BodyTooLargeError(BadRequestError):
-    """A request body above the limit of the settings."""
-
-    status = 413
-    code = "request_too_large"
+def one_tenant(request: Request) -> bytes:
+    """Everybody shares prefixes with everybody."""
+    return b""
 
 
-class MediaTypeError(BadRequestError):
-    """A body that is not declared as JSON; refusing it also keeps web pages from posting here unasked."""
-
-    status = 415
-    code = "unsupported_media_type"
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; closes their source at once when the client hangs up, which cancels the request."""
-
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=SSE_HEADERS)
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
+def json_body(schema: str) -> dict[str, Any]:
+    """The OpenAPI of a request body that the handler reads itself."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 @router.get("/health")
-async def health() -> dict[str, str]:
-    """200 as long as the process answers."""
+async def health(request: Request) -> dict[str, str]:
+    """200 as long as the engine computes, also while the model loads; 503 after a fault, until it runs again."""
+    if not _host(request).healthy:
+        raise UnavailableError("the engine failed and is starting again", retry_after=RETRY_SECONDS)
     return {"status": "ok"}
 
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
-    """200 once the model is loaded, 503 before."""
-    return {"status": "ready", "model": _worker(request).llm.name}
+    """200 while new requests are served: the model is loaded, and the server is not stopping."""
+    return {"status": "ready", "model": _host(request).open().name}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format, under vLLM's names."""
+    return Response(request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    """A page that shows /openapi.json; it loads nothing from elsewhere."""
+    page = (resources.files("kvern.server") / "static" / "docs.html").read_text(encoding="utf-8")
+    return HTMLResponse(page, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> wire.ModelList:
-    """The served model, with its context length."""
+    """The served model, with its context length and capabilities."""
     return wire.ModelList(data=[_model(request)])
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> wire.Model:
     """One model by its id."""
-    _check_model(name, _worker(request).llm)
+    _check_model(name, _host(request).llm)
     return _model(request)
 
 
-@router.post("/v1/chat/completions", response_model=wire.ChatCompletion, openapi_extra=JSON_BODY)
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=EVENTS,
+    openapi_extra=json_body("ChatCompletionRequest"),
+)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
-    body = wire.parse_chat_request(await _read_body(request, request.app.state.settings.max_body_bytes))
-    worker = _worker(request)
-    _check_model(body.model, worker.llm)
-    prepared = await worker.prepare(body.to_messages(), body.to_options())
+    settings, host = _settings(request), _host(request)
+    body = parse_chat_request(await read_body(request, settings.max_body_bytes))
+    llm = host.open()
+    _check_model(body.model, llm)
+    prepared = await asyncio.to_thread(llm.prepare_chat, body.to_messages(), body.to_options())
+    requests = spread([prepared], body.n)
+    answer, top = _submit(request, body, requests), head(llm, "chatcmpl")
+    pieces = Pieces(llm, answer, requests, body.n)
     if body.stream:
-        events = _events(worker, prepared, _chat_stream(body, worker.llm))
-        return EventStream(events)
-    return await _unless_disconnected(request, _answer(worker, prepared))
+        stream = ChatStream(top, body.include_usage, body.logprobs)
+        return EventStream(events(pieces, stream, len(requests)), answer.close)
+
+    async def respond() -> Response:
+        done = await whole(pieces, requests)
+        return _json(chat_body(top, done, pieces.usage(), body.logprobs))
+
+    return await _finish(request, answer, respond)
 
 
-async def _answer(worker: EngineWorker, prepared: Prepared) -> Response:
-    text, tokens, reason = [], 0, None
-    async with aclosing(worker.stream(prepared)) as pieces:
-        async for piece in pieces:
-            text.append(piece.text)
-            tokens += piece.token_id is not None
-            reason = piece.finish_reason
-    if reason is None:
-        raise KvernError("the server is stopping")
-    completion = wire.ChatCompletion(
-        id=_new_id(),
-        created=int(time.time()),
-        model=worker.llm.name,
-        choices=[wire.Choice(message=wire.AnswerMessage(content="".join(text)), finish_reason=reason)],
-        usage=wire.Usage.of(len(prepared.prompt), tokens),
-        system_fingerprint=worker.llm.fingerprint,
+@router.post(
+    "/v1/completions", response_model=Completion, responses=EVENTS, openapi_extra=json_body("CompletionRequest")
+)
+async def completions(request: Request) -> Response:
+    """Continue prompts, or fill the gap before `suffix`; with `stream: true` as server-sent events."""
+    settings, host = _settings(request), _host(request)
+    body = parse_completion_request(await read_body(request, settings.max_body_bytes))
+    llm = host.open()
+    _check_model(body.model, llm)
+    requests = spread(await asyncio.to_thread(prepare_completion, llm, body), body.n)
+    prompts = [_echoed(llm, body, prompt) for prompt in body.prompts for _ in range(body.n)]
+    answer, top = _submit(request, body, requests), head(llm, "cmpl")
+    pieces, scored = Pieces(llm, answer, requests, body.n), body.logprobs is not None
+    if body.stream:
+        stream = CompletionStream(top, body.include_usage, scored, tuple(prompts))
+        return EventStream(events(pieces, stream, len(requests)), answer.close)
+
+    async def respond() -> Response:
+        done = await whole(pieces, requests)
+        return _json(completion_body(top, done, pieces.usage(), scored, prompts))
+
+    return await _finish(request, answer, respond)
+
+
+@router.post("/v1/embeddings", include_in_schema=False)
+async def embeddings() -> None:
+    """Refused by name."""
+    raise BadRequestError(
+        "embeddings are not served: the model here generates text", hint="/v1/completions continues it"
     )
-    return Response(completion.model_dump_json(), media_type="application/json")
 
 
-async def _events(worker: EngineWorker, prepared: Prepared, stream: ChatStream) -> AsyncGenerator[bytes]:
-    yield stream.start()
-    tokens = 0
+def prepare_completion(llm: LLM, body: CompletionRequest) -> list[Prepared]:
+    """Check and tokenise the prompts. Raises BadRequestError."""
+    options = body.to_options()
+    if body.suffix is not None:
+        return [llm.prepare_middle(prompt, body.suffix, options) for prompt in body.prompts if isinstance(prompt, str)]
+    return [
+        llm.prepare_text(prompt, options, allow_special=body.allow_special_tokens)
+        if isinstance(prompt, str)
+        else llm.prepare(prompt, options)
+        for prompt in body.prompts
+    ]
+
+
+def _echoed(llm: LLM, body: CompletionRequest, prompt: str | list[int]) -> str:
+    if not body.echo:
+        return ""
+    return prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+
+
+def _submit(request: Request, body: SamplingFields, requests: Sequence[Prepared]) -> Answer:
+    most = _settings(request).max_waiting
+    if len(requests) > most:
+        raise BadRequestError(
+            f"the request has {len(requests)} choices and the queue holds {most}", param="n", hint="ask for fewer"
+        )
+    salt: Salt = request.app.state.salt
+    return _host(request).submit(requests, priority=body.priority, salt=salt(request))
+
+
+async def _finish(request: Request, answer: Answer, respond: Callable[[], Any]) -> Response:
+    """Await the whole answer; a client that hangs up cancels it."""
     try:
-        async with aclosing(worker.stream(prepared)) as pieces:
-            async for piece in pieces:
-                tokens += piece.token_id is not None
-                if piece.text:
-                    yield stream.text(piece.text)
-                if piece.finish_reason is not None:
-                    yield stream.finish(piece.finish_reason, wire.Usage.of(len(prepared.prompt), tokens))
-                    return
-        yield error_event(KvernError("the server is stopping"))
-    except KvernError as error:
-        yield error_event(error)
-
-
-async def _unless_disconnected(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
-    """Await `answer`, and cancel it when the client hangs up."""
-    answering, watching = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
-        return await answering if answering.done() else Response(status_code=CLIENT_CLOSED_REQUEST)
+        response = await until_disconnected(request.receive, respond())
     finally:
-        answering.cancel()
-        watching.cancel()
-        await asyncio.gather(answering, watching, return_exceptions=True)
+        answer.close()
+    return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise MediaTypeError("the body must be JSON", hint="send the header Content-Type: application/json")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise BodyTooLargeError(f"the body is larger than {limit} bytes", hint="see --max-body-bytes")
-    return bytes(body)
-
-
-def _chat_stream(body: wire.ChatCompletionRequest, llm: LLM) -> ChatStream:
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return ChatStream(_new_id(), int(time.time()), llm.name, llm.fingerprint, include_usage)
+def _json(body: ChatCompletion | Completion) -> Response:
+    return Response(body.model_dump_json(), media_type="application/json")
 
 
 def _check_model(name: str, llm: LLM) -> None:
@@ -176,14 +195,25 @@ def _check_model(name: str, llm: LLM) -> None:
 
 
 def _model(request: Request) -> wire.Model:
-    llm = _worker(request).llm
-    return wire.Model(id=llm.name, created=request.app.state.started, max_model_len=llm.max_context)
+    llm = _host(request).llm
+    return wire.Model(
+        id=llm.name,
+        created=request.app.state.started,
+        max_model_len=llm.max_context,
+        context_length=llm.max_context,
+        capabilities=wire.Capabilities(
+            chat=llm.template is not None,
+            fill_in_the_middle=llm.fim is not None,
+            prefix_caching=_settings(request).prefix_caching,
+        ),
+    )
 
 
-def _worker(request: Request) -> EngineWorker:
-    worker: EngineWorker = request.app.state.worker
-    return worker
+def _host(request: Request) -> EngineHost:
+    host: EngineHost = request.app.state.host
+    return host
 
 
-def _new_id() -> str:
-    return f"chatcmpl-{secrets.token_hex(12)}"
+def _settings(request: Request) -> ServeSettings:
+    settings: ServeSettings = request.app.state.settings
+    return settings

@@ -1,7 +1,8 @@
 """What goes into a chat and what comes out of it, whichever way it arrives (Python, HTTP, command line).
 
 These are plain values: `wire` translates its bodies into them, `text.template` renders them, `llm` and `client` return
-them. A field that is None is absent, so a template that asks `'tool_calls' in message` gets the answer it expects.
+them. How to sample is in `text.options`. A field that is None is absent, so a template that asks
+`'tool_calls' in message` gets the answer it expects.
 """
 
 from __future__ import annotations
@@ -42,43 +43,28 @@ MessageLike: TypeAlias = Message | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How to choose tokens, and when to end.
+class TokenScore:
+    """A token as text and bytes (which may be part of a character), and its natural log-probability.
 
-    `max_tokens` None: up to the end of the context. `temperature` and `top_p` None: what the checkpoint recommends in
-    generation_config.json, else 1.0; temperature 0.0 is greedy. `seed` None: a new one for every request.
+    The first token of a prompt has none.
     """
 
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    text: str
+    raw: bytes
+    logprob: float | None
 
-    @classmethod
-    def of(cls, **given: Any) -> SamplingOptions:
-        """Build from keyword arguments; `stop` may be one string. BadRequestError for unknown names and ranges."""
-        known = {field.name for field in fields(cls)}
-        for name in given:
-            if name not in known:
-                raise BadRequestError(
-                    f"unknown sampling option {name!r}", hint=f"known: {', '.join(sorted(known))}", param=name
-                )
-        stop = given.pop("stop", None) or ()
-        options = cls(**given, stop=(stop,) if isinstance(stop, str) else tuple(stop))
-        options.check()
-        return options
 
-    def check(self) -> None:
-        """Raise BadRequestError, naming the field, where a value is out of its range."""
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise BadRequestError(f"max_tokens must be at least 1, not {self.max_tokens}", param="max_tokens")
-        if self.temperature is not None and not 0.0 <= self.temperature <= 2.0:
-            raise BadRequestError(f"temperature must be between 0 and 2, not {self.temperature}", param="temperature")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise BadRequestError(f"top_p must be above 0 and at most 1, not {self.top_p}", param="top_p")
-        if any(not text for text in self.stop):
-            raise BadRequestError("a stop string must not be empty", param="stop")
+@dataclass(frozen=True)
+class ScoredToken(TokenScore):
+    """A token of an answer or a prompt, with the best alternatives (best first, the token itself may be among them).
+
+    `offset`: where its text begins, in characters of the answer (of the prompt). `ends`: it ended the answer and does
+    not show.
+    """
+
+    top: tuple[TokenScore, ...]
+    offset: int
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +72,7 @@ class Completion:
     """A finished answer. `token_ids` holds every generated id, the stopping one included; `text` ends before it.
 
     `token_ids` is empty where the answer came from a server that sends text only; `completion_tokens` counts anyway.
+    `scores` and `prompt_scores` are filled where log-probabilities were asked for.
     """
 
     text: str
@@ -93,6 +80,9 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    scores: tuple[ScoredToken, ...] = ()
+    prompt_scores: tuple[ScoredToken, ...] = ()
 
 
 def as_messages(messages: str | Sequence[MessageLike]) -> list[Message]:

@@ -21,6 +21,7 @@ import tokenizers
 from kvern.errors import CheckpointError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+SENTENCEPIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -35,6 +36,7 @@ class Tokenizer:
         self._definition = definition
         self._full = tokenizers.Tokenizer.from_str(definition)
         added = self._full.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = {token_id for token_id, token in added.items() if token.special}
         self.control = {token.content: i for i, token in added.items() if token.content.strip()}
         self.vocab_limit = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
@@ -78,6 +80,17 @@ class Tokenizer:
         """Whether this id is one byte of a byte-fallback vocabulary."""
         return token_id in self._byte_tokens
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that this id stands for in a text: often whole characters, sometimes part of one."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        name = self._full.id_to_token(token_id) or ""
+        if self.is_byte_token(token_id):
+            return bytes([int(name[3:5], 16)])
+        if all(character in self._byte_alphabet for character in name):
+            return bytes(self._byte_alphabet[character] for character in name)
+        return name.replace(SENTENCEPIECE_SPACE, " ").encode()
+
     @property
     def bos_id(self) -> int | None:
         return self._id_of("bos_token")
@@ -98,6 +111,13 @@ class Tokenizer:
         return tokenizers.Tokenizer.from_str(_without_control(self._definition, set(self.control)))
 
     @cached_property
+    def _byte_alphabet(self) -> dict[str, int]:
+        """Character to byte of a byte-level vocabulary; empty for other vocabularies."""
+        decoder = json.loads(self._definition).get("decoder") or {}
+        parts = [decoder, *decoder.get("decoders", ())]
+        return _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else {}
+
+    @cached_property
     def _byte_tokens(self) -> frozenset[int]:
         vocabulary = self._full.get_vocab(with_added_tokens=False)
         return frozenset(token_id for token, token_id in vocabulary.items() if BYTE_TOKEN.fullmatch(token))
@@ -105,6 +125,13 @@ class Tokenizer:
     def _id_of(self, name: str) -> int | None:
         token = self.named_tokens.get(name)
         return None if token is None else self._full.token_to_id(token)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""OpenAI's stream of a chat completion, as server-sent events.
+"""OpenAI's streams, as server-sent events.
 
-    role chunk, text chunks, finish chunk, (usage chunk with no choices, when asked for), [DONE]
+    chat: a role chunk a choice, text chunks, a finish chunk a choice, (usage chunk, when asked for), [DONE]
+    completions: the same without role chunks
 
 With `include_usage` every earlier chunk carries `"usage": null`, as OpenAI's do. An error in the middle becomes an
 event whose data has `error`, which clients raise; no [DONE] follows it.
@@ -10,12 +11,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from kvern.errors import KvernError
-from kvern.text.messages import FinishReason
-from kvern.wire.openai import Usage, error_body
+from kvern.text.messages import FinishReason, ScoredToken
+from kvern.wire.answers import Usage, error_body
+from kvern.wire.chat import ChoiceLogprobs
+from kvern.wire.completions import CompletionLogprobs
 
+Scores: TypeAlias = tuple[ScoredToken, ...]
 DONE = b"data: [DONE]\n\n"
 
 
@@ -30,38 +34,96 @@ def error_event(error: KvernError) -> bytes:
 
 
 @dataclass(frozen=True)
-class ChatStream:
-    """Builds the events of one answer; `id`, `created` and `model` are the same in all of them."""
+class Head:
+    """What all chunks of one answer share."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
+
+
+@dataclass(frozen=True)
+class ChatStream:
+    """Builds the events of one chat answer."""
+
+    head: Head
     include_usage: bool
+    logprobs: bool
 
-    def start(self) -> bytes:
-        """The first event, which names the role."""
-        return self._choice({"role": "assistant", "content": ""}, None)
+    def start(self, index: int) -> bytes:
+        """The first event of a choice, which names the role."""
+        return self._choice(index, {"role": "assistant", "content": ""}, None, None)
 
-    def text(self, piece: str) -> bytes:
-        """A piece of the answer."""
-        return self._choice({"content": piece}, None)
+    def piece(
+        self, index: int, text: str, scores: Scores, finish_reason: FinishReason | None, prompt_scores: Scores = ()
+    ) -> bytes:
+        """The events of a piece: its text, and the end where it has one; nothing for an empty piece."""
+        logprobs = ChoiceLogprobs.of(scores).model_dump() if self.logprobs and scores else None
+        events = self._choice(index, {"content": text}, logprobs, None) if text or logprobs else b""
+        return events if finish_reason is None else events + self._choice(index, {}, None, finish_reason)
 
-    def finish(self, reason: FinishReason, usage: Usage) -> bytes:
+    def finish(self, usage: Usage) -> bytes:
         """The last events, [DONE] included."""
-        end = self._choice({}, reason)
-        return end + (self._chunk([], usage.model_dump()) if self.include_usage else b"") + DONE
+        return (self._chunk([], usage.model_dump()) if self.include_usage else b"") + DONE
 
-    def _choice(self, delta: dict[str, Any], reason: FinishReason | None) -> bytes:
-        return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}], None)
+    def _choice(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: FinishReason | None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self._chunk([choice], None)
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        chunk = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-            "choices": choices,
-        }
-        return event({**chunk, "usage": usage} if self.include_usage else chunk)
+        return _chunk(self.head, "chat.completion.chunk", choices, usage, self.include_usage)
+
+
+@dataclass(frozen=True)
+class CompletionStream:
+    """Builds the events of one completion. `prompts`: the echoed text of each choice, "" where there is no echo."""
+
+    head: Head
+    include_usage: bool
+    logprobs: bool
+    prompts: tuple[str, ...]
+
+    def start(self, index: int) -> bytes:
+        """The echoed prompt; where it is scored, it comes with the first piece instead."""
+        prompt = self.prompts[index]
+        return self._choice(index, prompt, None, None) if prompt and not self.logprobs else b""
+
+    def piece(
+        self, index: int, text: str, scores: Scores, finish_reason: FinishReason | None, prompt_scores: Scores = ()
+    ) -> bytes:
+        """The events of a piece: the scored prompt, the text; nothing for an empty piece."""
+        prompt, events = self.prompts[index], b""
+        if self.logprobs and prompt_scores:
+            events = self._choice(index, prompt, CompletionLogprobs.of(prompt_scores, 0).model_dump(), None)
+        logprobs = CompletionLogprobs.of(scores, len(prompt)).model_dump() if self.logprobs and scores else None
+        if text or logprobs or finish_reason:
+            events += self._choice(index, text, logprobs, finish_reason)
+        return events
+
+    def finish(self, usage: Usage) -> bytes:
+        """The last events, [DONE] included."""
+        return (self._chunk([], usage.model_dump()) if self.include_usage else b"") + DONE
+
+    def _choice(self, index: int, text: str, logprobs: dict[str, Any] | None, reason: FinishReason | None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return self._chunk([choice], None)
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
+        return _chunk(self.head, "text_completion", choices, usage, self.include_usage)
+
+
+def _chunk(
+    head: Head, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None, include_usage: bool
+) -> bytes:
+    chunk = {
+        "id": head.id,
+        "object": kind,
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.system_fingerprint,
+        "choices": choices,
+    }
+    return event({**chunk, "usage": usage} if include_usage else chunk)

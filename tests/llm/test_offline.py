@@ -2,38 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import CONTEXT
+from tests.scripted import ScriptedEngine
+from tests.tiny import CONTEXT, FIM
 
-from kvern.engine import SamplingParams
+from kvern.engine import EngineSettings
 from kvern.errors import BadRequestError, CheckpointError, ConfigError, KvernError
 from kvern.llm import LLM, Piece, collect
-from kvern.text.messages import Message, SamplingOptions
-
-
-class Scripted:
-    """An engine that says what it is told, token by token."""
-
-    max_context = 64
-
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script = script
-        self.asked: list[SamplingParams] = []
-
-    def generate(
-        self, prompt: Sequence[int], params: SamplingParams, cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[int]:
-        self.asked.append(params)
-        for token_id in self.script[: params.max_tokens]:
-            if cancelled():
-                return
-            yield token_id
-            if token_id in params.stop_token_ids:
-                return
+from kvern.text.messages import Message
+from kvern.text.options import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +22,8 @@ def tiny(tiny_folder: Path) -> LLM:
     return LLM(tiny_folder, threads=1)
 
 
-def scripted(folder: Path, text: str) -> tuple[LLM, Scripted]:
-    engine = Scripted([])
+def scripted(folder: Path, text: str) -> tuple[LLM, ScriptedEngine]:
+    engine = ScriptedEngine(max_context=64)
     llm = LLM(folder, engine=engine)
     engine.script = llm.tokenizer.encode(text, allow_special=True)
     return llm, engine
@@ -106,7 +87,7 @@ def test_the_checkpoint_recommends_and_the_caller_decides(tiny_folder: Path, tmp
     llm, engine = scripted(tiny_folder, "x")
     llm.chat("?")
     llm.chat("?", temperature=0, top_p=0.3, seed=4, max_tokens=1)
-    first, second = engine.asked
+    first, second = engine.asked[:2]
     assert (first.temperature, first.top_p, first.seed) == (0.7, 0.8, None)
     assert (second.temperature, second.top_p, second.seed, second.max_tokens) == (0.0, 0.3, 4, 1)
     assert first.max_tokens == 64 - llm.chat("?", max_tokens=1).prompt_tokens
@@ -131,14 +112,74 @@ def test_answers_end_with_the_context(tiny: LLM) -> None:
     assert answer.finish_reason == "stop" or answer.prompt_tokens + answer.completion_tokens == CONTEXT
 
 
-def test_a_cancelled_answer_has_no_end(tiny: LLM) -> None:
-    prepared = tiny.prepare_chat("hi", SamplingOptions(max_tokens=50))
-    pieces: list[Piece] = []
-    for piece in tiny.run(prepared, lambda: len(pieces) >= 3):
-        pieces.append(piece)
-    assert len(pieces) == 3
+def test_closing_a_stream_cancels_the_request(tiny_folder: Path) -> None:
+    llm, engine = scripted(tiny_folder, "a")
+    pieces = llm.run(llm.prepare_chat("hi", SamplingOptions(max_tokens=30)))
+    assert [next(pieces).text, next(pieces).text] == ["a", "a"]
+    pieces.close()  # type: ignore[attr-defined]
+    engine.step()
+    assert not engine.live()
     with pytest.raises(RuntimeError, match="finish reason"):
-        collect(iter(pieces), 1)
+        collect([Piece("a", (64,))], 1)
+
+
+def test_streams_side_by_side_share_steps(tiny: LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    one, two = tiny.stream("hi", **options), tiny.stream("the cat", **options)
+    texts = ["", ""]
+    for first, second in zip_longest(one, two, fillvalue=""):
+        texts[0] += first
+        texts[1] += second
+    assert texts == [tiny.chat("hi", **options).text, tiny.chat("the cat", **options).text]
+
+
+def test_many_prompts_run_together_and_give_what_each_gives_alone(tiny_folder: Path) -> None:
+    llm = LLM(tiny_folder, dtype="f32", threads=1, settings=EngineSettings(max_waiting=2, max_running=4))
+    prompts = ["a", "def add", "the cat sat", "x y z", "return", "on the mat", "b"]
+    together = llm.generate(prompts, max_tokens=9, temperature=0)
+    steps = llm.engine.stats().steps
+    assert [answer.text for answer in together] == [llm.generate(p, max_tokens=9, temperature=0).text for p in prompts]
+    assert steps < len(prompts) * 9
+    assert llm.engine.stats().running == llm.engine.stats().waiting == 0
+
+
+def test_scores_are_of_the_text(tiny: LLM) -> None:
+    answer = tiny.generate("def add", max_tokens=6, temperature=0, logprobs=3, prompt_logprobs=True)
+    assert len(answer.scores) == 6
+    assert all(score.top[0].logprob == score.logprob and len(score.top) == 3 for score in answer.scores)
+    assert [score.offset for score in answer.scores] == sorted(score.offset for score in answer.scores)
+    assert "".join(score.text for score in answer.prompt_scores) == "def add"
+    assert [score.logprob is None for score in answer.prompt_scores] == [True] + [False] * (answer.prompt_tokens - 1)
+
+
+def test_only_the_prompt_may_be_scored(tiny: LLM) -> None:
+    answer = tiny.generate("def add", max_tokens=0, logprobs=0, prompt_logprobs=True)
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", (), "length")
+    assert len(answer.prompt_scores) == answer.prompt_tokens
+
+
+def test_the_middle_is_asked_for_with_the_models_own_tokens(tiny: LLM, tiny_folder: Path) -> None:
+    assert tiny.fim is not None
+    prepared = tiny.prepare_middle("def <|fim_suffix|>", "return", SamplingOptions(max_tokens=4))
+    begin, hole, end = (tiny.tokenizer.control[name] for name in FIM)
+    assert [prepared.prompt.count(token) for token in (begin, hole, end)] == [1, 1, 1]
+    assert (prepared.prompt[0], prepared.prompt[-1]) == (begin, end)
+    assert {begin, hole, end} <= set(prepared.params.stop_token_ids)
+    assert tiny.fill("def add(", "return a", max_tokens=4, temperature=0).completion_tokens > 0
+
+
+def test_ids_outside_the_vocabulary_are_refused_by_field(tiny: LLM) -> None:
+    for field, value in {
+        "logit_bias": {400: 1.0},
+        "stop_token_ids": [-1],
+        "max_tokens": 10**9,
+        "min_tokens": 256,
+    }.items():
+        with pytest.raises(BadRequestError) as caught:
+            tiny.generate("a", **{field: value})
+        assert caught.value.param == field
+    with pytest.raises(BadRequestError, match="the prompt is empty"):
+        tiny.generate("")
 
 
 @pytest.mark.parametrize("options", [{"dtype": "f8"}, {"model": "no-such-model"}])

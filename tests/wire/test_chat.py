@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvern.errors import BadRequestError, BusyError, KvernError
-from kvern.text.messages import Message, SamplingOptions
-from kvern.wire.openai import NOT_SUPPORTED_YET, error_body, parse_chat_request
+from kvern.text.messages import Message, ScoredToken, TokenScore
+from kvern.text.options import SamplingOptions
+from kvern.wire.answers import error_body
+from kvern.wire.chat import NOT_SUPPORTED_YET, ChoiceLogprobs, parse_chat_request
 
 HI = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -48,6 +50,47 @@ def test_values_that_ask_for_nothing_are_accepted() -> None:
         for value in values:
             assert parse(**{name: value}) == parse()
     assert parse(frequency_penalty=0.0) == parse()
+
+
+def test_every_sampling_field_arrives() -> None:
+    given = {
+        "max_completion_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "min_p": 0.1,
+        "presence_penalty": 1,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"3": -100, "0": 2.5},
+        "seed": -4,
+        "stop": "x",
+        "stop_token_ids": [9],
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
+    assert parse(**given).to_options() == SamplingOptions(
+        7, 0.5, 0.9, -4, ("x",), 2, 4, 0.1, 1.0, -1.5, 1.2, ((3, -100.0), (0, 2.5)), (9,), True, 5
+    )
+    assert parse(logprobs=True).to_options().logprobs == 0
+    assert parse().to_options() == SamplingOptions()
+
+
+def test_logprobs_name_what_shows() -> None:
+    scores = (
+        ScoredToken("a", b"a", -0.5, (TokenScore("\ufffd", b"\xe4", float("-inf")),), 0),
+        ScoredToken("<|end|>", b"<|end|>", -1.0, (), 1, ends=True),
+    )
+    assert ChoiceLogprobs.of(scores).model_dump()["content"] == [
+        {
+            "token": "a",
+            "bytes": [97],
+            "logprob": -0.5,
+            "top_logprobs": [{"token": "\ufffd", "bytes": [0xE4], "logprob": -9999.0}],
+        }
+    ]
 
 
 BAD = [
@@ -95,15 +138,38 @@ BAD = [
     ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     ({"stream": True, "stream_options": {"x": True}}, "stream_options.x"),
     ({"user": "\x1b[31m"}, "user"),
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
     ({"n": True}, "n"),
-    ({"logprobs": True}, "logprobs"),
+    ({"n": 10**400}, "n"),
     ({"logprobs": 0}, "logprobs"),
-    ({"frequency_penalty": 0.1}, "frequency_penalty"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty"),
+    ({"presence_penalty": "1"}, "presence_penalty"),
+    ({"presence_penalty": 10**400}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": []}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+    ({"logit_bias": {"\ud800": 1}}, "logit_bias." + 3 * "\ufffd"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"min_p": -0.1}, "min_p"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ({"stop_token_ids": list(range(129))}, "stop_token_ids"),
+    ({"priority": 2**31}, "priority"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"cache_salt": "mine"}, "cache_salt"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"temprature": 0}, "temprature"),
-    ({"top_k": 5}, "top_k"),
+    ({"list": 0}, "list"),
+    ({"(list)": 0}, "(list)"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_k": 2**31}, "top_k"),
 ]
 
 
@@ -153,6 +219,9 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = [
+    "logit_bias",
+    "stop_token_ids",
+    "top_logprobs",
     "model",
     "messages",
     "stop",

@@ -1,0 +1,71 @@
+"""/metrics under vLLM's names, parsed with Prometheus' own parser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.scripted import ScriptedEngine
+from tests.server.serving import Serving, serving, wait_until
+
+from kvern.llm import LLM
+
+CHAT: dict[str, Any] = {"model": "tiny-v3", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+
+
+@pytest.fixture
+def server(tiny_folder: Path) -> Iterator[Serving]:
+    with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine(pause=0.002))) as running:
+        yield running
+
+
+def read(server: Serving) -> dict[tuple[str, str], float]:
+    """(sample, reason or bucket) -> value; every sample names the model."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "tiny-v3"
+            key = sample.labels.get("finished_reason") or sample.labels.get("le") or ""
+            found[sample.name, key] = sample.value
+    return found
+
+
+def test_the_engines_counters_are_told(server: Serving) -> None:
+    metrics = read(server)
+    expected = {
+        "vllm:num_requests_running": 0,
+        "vllm:num_requests_waiting": 0,
+        "vllm:kv_cache_usage_perc": 0.4,
+        "vllm:prefix_cache_queries_total": 30,
+        "vllm:prefix_cache_hits_total": 20,
+        "vllm:prompt_tokens_total": 50,
+        "vllm:generation_tokens_total": 0,
+        "vllm:num_preemptions_total": 1,
+    }
+    assert {name: metrics[name, ""] for name in expected} == expected
+    assert [metrics["vllm:request_success_total", reason] for reason in ("stop", "length", "abort")] == [0, 0, 0]
+
+
+def test_histograms_follow_requests(server: Serving) -> None:
+    for stream in (True, False):
+        httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "stream": stream})
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "max_tokens": 900}, timeout=0.2)
+    wait_until(lambda: read(server)["vllm:request_success_total", "abort"] == 1)
+    metrics = read(server)
+    assert metrics["vllm:time_to_first_token_seconds_count", ""] == 3
+    assert metrics["vllm:inter_token_latency_seconds_count", ""] > 8
+    assert metrics["vllm:e2e_request_latency_seconds_count", ""] == 2
+    assert metrics["vllm:e2e_request_latency_seconds_sum", ""] > 2 * 5 * 0.002
+    assert metrics["vllm:request_success_total", "length"] == 2
+
+
+def test_each_application_counts_for_itself(tiny_folder: Path, server: Serving) -> None:
+    httpx.post(f"{server.url}/v1/chat/completions", json=CHAT)
+    with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine())) as other:
+        assert ("vllm:time_to_first_token_seconds_count", "") not in read(other)
+    assert read(server)["vllm:time_to_first_token_seconds_count", ""] == 1
