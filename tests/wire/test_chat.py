@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -248,3 +249,21 @@ def test_error_envelope() -> None:
     }
     assert error_body(KvernError("x")).error.type == "server_error"
     assert error_body(BusyError("x", retry_after=1)).error.type == "rate_limit_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**HI, "messages": [1] * 1_000_000},
+        {**HI, "messages": [{"role": "user", "content": [1] * 1_000_000}]},
+        {**HI, **{f"{number:x}": 1 for number in range(200_000)}},
+        {**HI, "logit_bias": {f"{number:x}z": 1 for number in range(200_000)}},
+    ],
+    ids=["messages", "parts", "fields", "biases"],
+)
+def test_a_body_of_a_million_mistakes_is_refused_at_the_first(body: dict[str, Any]) -> None:
+    text = json.dumps(body).encode()
+    begun = time.process_time()
+    with pytest.raises(BadRequestError):
+        parse_chat_request(text)
+    assert time.process_time() - begun < 2

@@ -55,7 +55,7 @@ class TextPart(Strict):
 
 
 TextOrParts = Annotated[
-    Annotated[Text, Tag(STRING)] | Annotated[list[TextPart], Field(min_length=1), Tag(LIST)],
+    Annotated[Text, Tag(STRING)] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag(LIST)],
     Discriminator(string_or_list),
 ]
 
@@ -78,7 +78,7 @@ class RequestMessage(Strict):
 class ChatCompletionRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[RequestMessage] = Field(min_length=1)
+    messages: list[RequestMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: up to the end of the context.")
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool = False

@@ -35,7 +35,7 @@ DEFAULT_MAX_TOKENS = 16
 """OpenAI's own for this route."""
 
 NOT_SUPPORTED_YET: Inert = {"best_of": (1,), "suffix": ("",)}
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 def _kind(value: Any) -> str:
@@ -49,9 +49,9 @@ def _kind(value: Any) -> str:
 
 Prompt = Annotated[
     Annotated[Text, Tag(STRING)]
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES), Tag(STRINGS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag(STRINGS)]
     | Annotated[Ids, Tag(IDS)]
-    | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES), Tag(ID_LISTS)],
+    | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag(ID_LISTS)],
     Discriminator(_kind),
 ]
 

@@ -18,6 +18,7 @@ from kvern.wire.fields import TAGS, SamplingFields
 
 Inert = Mapping[str, tuple[Any, ...]]
 Request = TypeVar("Request", bound=SamplingFields)
+MAX_FIELDS = 2048
 NO_FIELD = (*TAGS, "[key]")
 """Parts of pydantic's paths that are no field of the body."""
 
@@ -25,7 +26,7 @@ NO_FIELD = (*TAGS, "[key]")
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises BadRequestError for anything else, NaN and endless nesting included."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant, object_pairs_hook=_bounded)
     except RecursionError as error:
         raise BadRequestError("the body is nested too deeply") from error
     except ValueError as error:  # malformed JSON, malformed UTF-8, integers beyond any use
@@ -61,6 +62,13 @@ def validate(kind: type[Request], fields: dict[str, Any], parts: Mapping[str, ty
             param = "stream_options.include_obfuscation"
             raise BadRequestError("include_obfuscation is not supported yet", param=param)
     return request
+
+
+def _bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Every unknown field would become an error of its own, at a kilobyte each."""
+    if len(pairs) > MAX_FIELDS:
+        raise BadRequestError(f"an object of the body has {len(pairs)} fields, and at most {MAX_FIELDS} are read")
+    return dict(pairs)
 
 
 def _refuse_constant(name: str) -> NoReturn:
