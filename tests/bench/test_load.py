@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from itertools import islice, pairwise
 from statistics import mean
 from typing import Any
@@ -17,11 +18,11 @@ from kvern.bench.load import (
     arrivals,
     ask,
     find_target,
+    measure_prompts,
     percentiles,
     prompts,
     run_rate,
     summarise,
-    words_for,
 )
 from kvern.bench.raw_http import Address
 from kvern.errors import KvernError
@@ -74,11 +75,13 @@ def test_what_is_sent() -> None:
         return answer(1, 1)
 
     with chat_server(reply) as url:
-        found = asyncio.run(find_target(Address.of(url), None, {}))
+        found = asyncio.run(find_target(Address.of(url)))
         asyncio.run(ask(found, "hello", 8))
+        asyncio.run(ask(replace(found, ignore_eos=True), "hello", 8))
     assert bodies[0]["model"] == "m"
     assert bodies[0]["messages"] == [{"role": "user", "content": "hello"}]
     assert (bodies[0]["max_tokens"], bodies[0]["stream"]) == (8, True)
+    assert ("ignore_eos" in bodies[0], bodies[1]["ignore_eos"]) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +127,13 @@ def test_words_are_calibrated_against_the_server() -> None:
         return answer(1, prompt_tokens=30 + 2 * len(body["messages"][0]["content"].split()))
 
     with chat_server(reply) as url:
-        assert asyncio.run(words_for(target(url), 256)) == 113
-        assert asyncio.run(words_for(target(url), 10)) == 1
+        assert asyncio.run(measure_prompts(target(url))).words(256) == 113
+        assert asyncio.run(measure_prompts(target(url))).words(10) == 1
     with chat_server(lambda _: answer(1, 0)) as url:
-        assert asyncio.run(words_for(target(url), 256)) == 256
+        assert asyncio.run(measure_prompts(target(url))).words(256) == 256
     broken = head("500 Oh", "Content-Length: 0")
     with chat_server(lambda _: [broken]) as url, pytest.raises(KvernError, match="does not answer: 500"):
-        asyncio.run(words_for(target(url), 256))
+        asyncio.run(measure_prompts(target(url)))
 
 
 def test_the_loop_is_open() -> None:

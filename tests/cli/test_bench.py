@@ -108,7 +108,7 @@ def test_a_key_goes_with_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[dict[str, str]] = []
 
-    async def find(address: object, model: object, headers: dict[str, str], *, timeout: float) -> load.Target:
+    async def find(address: object, model: object, headers: dict[str, str], **_: object) -> load.Target:
         seen.append(headers)
         raise KeyboardInterrupt
 

@@ -32,6 +32,10 @@ WORDS = """
 """Words that are one token each, with the space before them, in nearly every tokenizer."""
 
 
+RULER_WORDS = (4, 20)
+"""Lengths of the two prompts from which `measure_prompts` learns how the server counts."""
+
+
 @dataclass
 class Answer:
     """What one request met. Times are of `time.perf_counter`; `due` is when it should have been sent."""
@@ -63,10 +67,17 @@ class Target:
     model: str
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 600.0
+    ignore_eos: bool = False
+    """Ask for answers that end at their longest only: a field of Kvern's and vLLM's, which others may refuse."""
 
 
 async def find_target(
-    address: Address, model: str | None, headers: Mapping[str, str], *, timeout: float = 600.0
+    address: Address,
+    model: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    timeout: float = 600.0,
+    ignore_eos: bool = False,
 ) -> Target:
     """The first model that the server lists, unless one is named. Raises KvernError when it lists none."""
     if model is None:
@@ -74,7 +85,7 @@ async def find_target(
         if not listed:
             raise NotFoundError(f"{address} lists no model", hint="name one with --model")
         model = str(listed[0]["id"])
-    return Target(address, model, headers, timeout)
+    return Target(address, model, headers or {}, timeout, ignore_eos)
 
 
 async def ask(
@@ -92,6 +103,7 @@ async def ask(
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **({"ignore_eos": True} if target.ignore_eos else {}),
     }
     try:
         async with asyncio.timeout(target.timeout):
@@ -164,21 +176,33 @@ def prompts(words: int, seed: int) -> Iterator[str]:
         yield " ".join(random_.choices(WORDS.split(), k=max(1, words)))
 
 
-async def words_for(target: Target, tokens: int) -> int:
-    """How many words make a prompt of about `tokens` tokens, template included: from the usage of two short answers.
+@dataclass(frozen=True)
+class Ruler:
+    """tokens of a prompt = fixed (the template) + words * per_word, as the server counts."""
+
+    fixed: float
+    per_word: float
+
+    def words(self, tokens: int) -> int:
+        """How many words make a prompt of about so many tokens; at least one."""
+        return max(1, round((tokens - self.fixed) / self.per_word))
+
+
+async def measure_prompts(target: Target) -> Ruler:
+    """From the usage of two short answers; one token a word where the server sends none.
 
     Raises KvernError when the server does not answer them.
     """
     counts = []
-    for words in (16, 80):
+    for words in RULER_WORDS:
         answer = await ask(target, next(prompts(words, words)), 1)
         if answer.error is not None:
             raise KvernError(f"{target.address} does not answer: {answer.error}")
         counts.append(answer.prompt_tokens)
-    if counts[1] <= counts[0]:  # no usage: one token a word
-        return tokens
-    per_word = (counts[1] - counts[0]) / 64
-    return max(1, round((tokens - counts[0]) / per_word + 16))
+    if counts[1] <= counts[0]:
+        return Ruler(0, 1)
+    per_word = (counts[1] - counts[0]) / (RULER_WORDS[1] - RULER_WORDS[0])
+    return Ruler(counts[0] - RULER_WORDS[0] * per_word, per_word)
 
 
 async def run_rate(target: Target, times: Sequence[float], texts: Iterator[str], max_tokens: int) -> list[Answer]:

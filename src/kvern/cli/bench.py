@@ -124,6 +124,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="seconds until an answer counts as lost (600)"
     )
+    parser.add_argument("--ignore-eos", action="store_true", help="answers of full length (Kvern, vLLM)")
     parser.add_argument("--allow-remote", action="store_true", help="the URL may be another machine's")
     _output_arguments(parser)
 
@@ -210,7 +211,7 @@ def _serve(args: argparse.Namespace) -> int:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def sweep() -> tuple[str, list[RateRow]]:
-        target = await find_target(address, args.model, headers, timeout=args.timeout)
+        target = await find_target(address, args.model, headers, timeout=args.timeout, ignore_eos=args.ignore_eos)
         return target.model, await _sweep(target, args)
 
     with _quiet_machine():
@@ -227,10 +228,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 async def _sweep(target: Target, args: argparse.Namespace) -> list[RateRow]:
-    from kvern.bench.load import arrivals, prompts, run_rate, summarise, words_for
+    from kvern.bench.load import arrivals, measure_prompts, prompts, run_rate, summarise
 
-    words = await words_for(target, args.prompt_tokens)
-    texts, rows = prompts(words, args.seed), []
+    ruler = await measure_prompts(target)
+    texts, rows = prompts(ruler.words(args.prompt_tokens), args.seed), []
     for rate in args.rates:
         answers = await run_rate(target, arrivals(rate, args.requests, args.seed), texts, args.max_tokens)
         rows.append(summarise(rate, answers))
