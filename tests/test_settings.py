@@ -85,3 +85,25 @@ def test_arguments_follow_the_fields() -> None:
 def test_flag_errors_name_the_flag() -> None:
     with pytest.raises(ConfigError, match=r"^--max-context: "):
         settings.load({"max_context": 1})
+
+
+def test_switches_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    settings.add_arguments(parser)
+    args = parser.parse_args(["--no-prefix-caching", "--shutdown-timeout", "2.5"])
+    assert settings.load(settings.given(args)).prefix_caching is False
+    assert settings.load(settings.given(args)).shutdown_timeout == 2.5
+    monkeypatch.setenv("KVERN_PREFIX_CACHING", "false")
+    assert settings.load({}).prefix_caching is False
+    with pytest.raises(ConfigError, match=r"^--shutdown-timeout: "):
+        settings.load({"shutdown_timeout": float("nan")})
+
+
+def test_help_is_grouped() -> None:
+    parser = argparse.ArgumentParser()
+    settings.add_arguments(parser)
+    text = parser.format_help()
+    places = [text.index(f"\n{group}:\n") for group in settings.GROUPS]
+    assert places == sorted(places)
+    for flag, group in {"--dtype": 0, "--port": 1, "--max-waiting": 2}.items():
+        assert text.rindex(flag) > places[group]

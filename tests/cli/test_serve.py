@@ -18,9 +18,9 @@ from tests.cli.test_main import kvern
 from tests.tiny import CONTEXT
 
 from kvern.cli import main
-from kvern.cli.serve import banner, check_memory
+from kvern.cli.serve import banner, check_memory, engine_settings
 from kvern.config import ModelConfig
-from kvern.errors import NotEnoughMemoryError
+from kvern.errors import ConfigError, NotEnoughMemoryError
 from kvern.plan import hardware
 from kvern.plan.memory import account
 from kvern.settings import ServeSettings
@@ -92,3 +92,32 @@ def test_what_cannot_fit_is_refused_with_numbers(
     assert caught.value.hint == hint
     if tokens:
         assert f"for {tokens} tokens" in check_memory(tiny_folder, ServeSettings(model="tiny-v3", max_context=tokens))
+        assert "for 90 tokens" in check_memory(tiny_folder, ServeSettings(model="tiny-v3", cache_tokens=90))
+
+
+def test_settings_reach_the_engine() -> None:
+    chosen = ServeSettings(
+        max_context=100, cache_tokens=200, step_tokens=30, max_running=8, max_waiting=5, prefix_caching=False
+    )
+    made = engine_settings(chosen)
+    for name in ("max_context", "cache_tokens", "step_tokens", "max_running", "max_waiting", "prefix_caching"):
+        assert getattr(made, name) == getattr(chosen, name)
+    with pytest.raises(ConfigError, match="max_running 64 exceeds step_tokens 16"):
+        engine_settings(ServeSettings(step_tokens=16))
+
+
+def test_sigterm_lets_a_running_stream_end(tiny_folder: Path) -> None:
+    argv = [sys.executable, "-m", "kvern", "serve", str(tiny_folder), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert match is not None
+        body = {"model": "tiny-v3", "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{match[0]}/v1/completions", json=body, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-2]
+        assert process.wait(20) == 0
