@@ -32,7 +32,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from kvern.checkpoint.load import load
 from kvern.checkpoint.sparse import Seeded, apparent_bytes, disk_bytes, write_sparse
 from kvern.config import ModelConfig
-from kvern.engine import Engine, SamplingParams
+from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.linear import Linear
 
@@ -107,7 +107,7 @@ def run(folder: Path, config: ModelConfig, *, tokens: int = 2, parity: bool = Tr
 
 def _generate(model: Transformer, prompt: int, tokens: int, report: Report) -> None:
     spread: list[Tensor] = []
-    engine = Engine(model, max_context=16)
+    engine = Engine(model, settings=EngineSettings(max_context=16))
     with _logits_into(model, spread):
         started = time.perf_counter()
         for token in engine.generate([prompt], SamplingParams(max_tokens=tokens, ignore_eos=True)):

@@ -17,7 +17,7 @@ from kvern.checkpoint.gguf import GGUFSource
 from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
 from kvern.checkpoint.pull import pulled_path
-from kvern.engine import Engine, SamplingParams
+from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.model.batch import ForwardBatch
 
 pytestmark = pytest.mark.weights
@@ -99,7 +99,7 @@ def test_greedy_text_equals_transformers(
 ) -> None:
     convert(gguf, tmp_path / "v3", dtype="f32")
     model = load(tmp_path / "v3")
-    engine = Engine(model, max_context=1024)
+    engine = Engine(model, settings=EngineSettings(max_context=1024))
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt).ids

@@ -165,3 +165,14 @@ def test_a_better_priority_runs_first_and_preempts() -> None:
     assert order[0] == urgent
     assert sorted(order[1:]) == slow
     assert running.stats().preemptions >= 1
+
+
+def test_one_request_alone_leaves_nothing_behind() -> None:
+    running = engine()
+    expected = generate(running, PROMPT, max_tokens=6)
+    assert list(running.generate(PROMPT, SamplingParams(max_tokens=6))) == expected
+    abandoned = running.generate(PROMPT, SamplingParams(max_tokens=6))
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert not running.has_work()
+    assert running.stats().cache_blocks_used == 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvern.engine.block_manager import BlockManager
 from kvern.engine.cache import PagedCache
@@ -95,6 +95,22 @@ class Engine:
         if self.settings.check_every_step:
             self.check()
         return updates
+
+    def generate(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
+        """The answer to one request, id by id, for an engine that serves nobody else meanwhile."""
+        number = self.add(prompt, params)
+        return self._alone(number)
+
+    def _alone(self, number: int) -> Iterator[int]:
+        try:
+            while number in self.live():
+                for update in self.step():
+                    if update.error is not None:
+                        raise update.error
+                    yield from update.tokens
+        finally:
+            self.cancel(number)
+            self.step_cancelled()
 
     def step_cancelled(self) -> list[Update]:
         """Only pick up what arrived and end what was cancelled, without computing."""
