@@ -11,7 +11,6 @@ namespace {
 using kvern::Attend;
 using kvern::kAttendHeads;
 using kvern::kAttendRows;
-using kvern::kStep;
 
 // Row r of the decoded rows, column d: tile[d / kStep][r][d % kStep], so that rows lie at constant distances.
 constexpr int64_t kSlab = kAttendRows * kStep;

@@ -9,11 +9,15 @@ namespace kvern {
 
 constexpr int64_t kBlock = 128;   // side of an FP8 scale block
 constexpr int64_t kStep = 64;     // rows of x are padded with zeros to a multiple of this; every kernel step divides it
+constexpr int64_t kDirect = 4;    // up to this many rows of x, weights are decoded straight into registers
 
 struct Linear {
   void* y;
   int y_dtype;
-  const float* x;  // [m, x_stride], converted to FP32, zeros from k to x_stride
+  // x in FP32, zeros from k to x_stride, in groups of x_group rows (the last may have fewer) that are multiplied
+  // together: group g begins at g * x_group * x_stride, and in a group of G rows, column c of row i lies at
+  // c / kStep * G * kStep + i * kStep + c % kStep. A kernel reads one stream, whatever the stride would alias with.
+  const float* x;
   int64_t x_stride;
   const void* weight;
   int64_t weight_stride;
@@ -57,6 +61,7 @@ struct Attend {
 struct Kernels {
   const char* name;
   int64_t lanes;
+  int64_t x_group[3];  // by weight dtype, with more than kDirect rows of x; up to that, all rows are one group
   void (*linear[3])(const Linear&, int64_t begin, int64_t end);  // by weight dtype; output columns [begin, end)
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);  // rows [begin, end)
   void (*attend)(const Attend&);

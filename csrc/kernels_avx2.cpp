@@ -8,6 +8,7 @@ namespace {
 struct Avx2 {
   static constexpr int width = 8;
   static constexpr int direct_rows = 2;
+  static constexpr bool decodes_tiles = true;
   static constexpr int tile_rows = 4;
   static constexpr int tile_columns = 2;
   static constexpr int sums = 8;

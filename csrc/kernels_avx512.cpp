@@ -46,6 +46,7 @@ constexpr Bf16Bytes kBytes;
 struct Avx512 {
   static constexpr int width = 16;
   static constexpr int direct_rows = 4;
+  static constexpr bool decodes_tiles = true;
   static constexpr int tile_rows = 4;
   static constexpr int tile_columns = 4;
   static constexpr int sums = 16;

@@ -18,6 +18,7 @@ const E4m3Values kValues;
 struct Scalar {
   static constexpr int width = 8;
   static constexpr int direct_rows = 1;
+  static constexpr bool decodes_tiles = false;
   static constexpr int tile_rows = 2;
   static constexpr int tile_columns = 2;
   static constexpr int sums = 2;

@@ -86,19 +86,24 @@ void over_rows(const Task& task, int64_t row_bytes, void (*rows)(const Task&, in
       &work);
 }
 
-// x as FP32 with rows padded by zeros, so that kernels need no tail on the side of x.
-const float* padded(const void* x, int dtype, int64_t m, int64_t k, int64_t stride) {
+// x as the kernels want it: see Linear::x.
+const float* packed(const void* x, int dtype, int64_t m, int64_t k, int64_t stride, int64_t group) {
   thread_local std::vector<float> scratch;
   if (scratch.size() < static_cast<size_t>(m * stride)) scratch.resize(static_cast<size_t>(m * stride));
   for (int64_t row = 0; row < m; ++row) {
-    float* to = scratch.data() + row * stride;
-    if (dtype == KVERN_F32) {
-      std::memcpy(to, static_cast<const float*>(x) + row * k, static_cast<size_t>(k) * sizeof(float));
-    } else {
-      const uint16_t* from = static_cast<const uint16_t*>(x) + row * k;
-      for (int64_t i = 0; i < k; ++i) to[i] = float_of_bf16(from[i]);
+    const int64_t first = row / group * group;
+    const int64_t size = m - first < group ? m - first : group;
+    float* to = scratch.data() + first * stride + (row - first) * kStep;
+    for (int64_t at = 0; at < k; at += kStep, to += size * kStep) {
+      const int64_t count = k - at < kStep ? k - at : kStep;
+      if (dtype == KVERN_F32) {
+        std::memcpy(to, static_cast<const float*>(x) + row * k + at, static_cast<size_t>(count) * sizeof(float));
+      } else {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + row * k + at;
+        for (int64_t i = 0; i < count; ++i) to[i] = float_of_bf16(from[i]);
+      }
+      std::memset(to + count, 0, static_cast<size_t>(kStep - count) * sizeof(float));
     }
-    std::memset(to + k, 0, static_cast<size_t>(stride - k) * sizeof(float));
   }
   return scratch.data();
 }
@@ -148,9 +153,11 @@ int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* w
   if (m == 0 || n == 0) return KVERN_OK;
   if (!y || (k > 0 && (!x || !weight))) return KVERN_BAD_ARGUMENT;
   const int64_t x_stride = divide_up(k, kStep) * kStep;
-  const Linear task{y,     y_dtype,      padded(x, x_dtype, m, k, x_stride), x_stride, weight, weight_stride,
-                    scale, scale_stride, bias, bias_dtype, m, n, k};
-  over_rows(task, k * size_of(weight_dtype), kernels_in_use().linear[weight_dtype]);
+  const Kernels& kernels = kernels_in_use();
+  const int64_t group = m <= kDirect ? m : kernels.x_group[weight_dtype];
+  const float* rows = packed(x, x_dtype, m, k, x_stride, group);
+  const Linear task{y, y_dtype, rows, x_stride, weight, weight_stride, scale, scale_stride, bias, bias_dtype, m, n, k};
+  over_rows(task, k * size_of(weight_dtype), kernels.linear[weight_dtype]);
   return KVERN_OK;
 }
 

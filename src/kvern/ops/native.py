@@ -32,18 +32,18 @@ from kvern.plan.hardware import default_threads
 ABI = 2
 BLOCK = reference.BLOCK
 FEW_ROWS = {
-    (torch.float32, torch.float8_e4m3fn): 64,
-    (torch.float32, torch.bfloat16): 64,
-    (torch.float32, torch.float32): 8,
-    (torch.bfloat16, torch.float8_e4m3fn): 8,
-    (torch.bfloat16, torch.bfloat16): 3,
-    (torch.bfloat16, torch.float32): 8,
+    (torch.float32, torch.float8_e4m3fn): 128,
+    (torch.float32, torch.bfloat16): 128,
+    (torch.float32, torch.float32): 32,
+    (torch.bfloat16, torch.float8_e4m3fn): 16,
+    (torch.bfloat16, torch.bfloat16): 8,
+    (torch.bfloat16, torch.float32): 16,
 }
 """(x.dtype, weight.dtype) -> rows of x up to which the kernels beat conversion plus torch.
 
-Zen 4, AVX-512, one thread, weight 2048x7168, times faster than conversion plus torch at 1 / 4 / 16 / 64 rows:
-FP32 x FP8 2.7 / 3.5 / 1.6 / 1.3, FP32 x BF16 2.3 / 3.0 / 1.4 / 1.15, FP32 x FP32 1.2 / 1.8 / 1.0 / 0.96,
-BF16 x FP8 3.4 / 2.4 / 0.9 / 0.6, BF16 x BF16 1.8 / 1.2 / 0.5 / 0.5 (torch has BF16 dot products there, these kernels
+Zen 4, AVX-512, one thread, weight 2048x7168, times faster than conversion plus torch at 4 / 16 / 64 / 128 rows:
+FP32 x FP8 6.0 / 2.5 / 1.5 / 1.2, FP32 x BF16 10 / 3.9 / 1.3 / 1.1, FP32 x FP32 3.9 / 1.5 / 0.8 / 1.0,
+BF16 x FP8 4.5 / 1.1 / 0.5 / 0.4, BF16 x BF16 1.9 / 1.0 / 0.4 / 0.4 (torch has BF16 dot products there, these kernels
 compute in FP32).
 """
 
