@@ -1,6 +1,7 @@
 # make serve   set up, fetch the default model once, serve it on http://127.0.0.1:8000
 # make test    set up and run the test suite
 # make check   formatting, lints, types, layers       make slow   the long tests       make bench   the benchmarks
+# make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs cmake, g++)
 #
 # PYTHON       the interpreter to build the environment with (3.11 or newer)
 # MODEL, PORT  what `make serve` serves, and where
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: serve test slow check bench clean
+.PHONY: serve test slow check bench sanitize clean
 
 serve: $(VENV)/installed
 	$(BIN)/kvern pull $(MODEL)
@@ -36,6 +37,13 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.decode
+
+sanitize:
+	for kind in address,undefined thread; do \
+	  build=build/sanitize-$${kind%%,*}; \
+	  cmake -S . -B $$build -DKVERN_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	  cmake --build $$build --target driver && $$build/driver || exit 1; \
+	done
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Kvern needs Python 3.11 or newer, this is " + sys.version)'

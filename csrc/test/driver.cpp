@@ -1,0 +1,185 @@
+// Calls every kernel of the library, on every instruction set of this CPU, on shapes with ragged edges in buffers of
+// exactly the stated size, and compares with plain loops. Made for the sanitizers (`make sanitize`): a read or write past
+// a buffer, undefined behaviour or a race ends the run.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../kvern.h"
+#include "../scalars.h"
+
+namespace {
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s (%s)\n", what, kvern_isa());
+  std::exit(1);
+}
+
+struct Random {
+  std::mt19937 engine{7};
+
+  float number() { return std::normal_distribution<float>()(engine); }
+
+  // `count` numbers as `dtype`, in a block of exactly their size
+  std::vector<uint8_t> stored(int64_t count, int dtype) {
+    const size_t size = dtype == KVERN_F32 ? 4 : dtype == KVERN_BF16 ? 2 : 1;
+    std::vector<uint8_t> bytes(static_cast<size_t>(count) * size);
+    for (int64_t i = 0; i < count; ++i) {
+      if (dtype == KVERN_F8_E4M3) {
+        bytes[static_cast<size_t>(i)] = static_cast<uint8_t>(engine() % 127 + 128 * (engine() % 2));
+      } else {
+        write_scalar(bytes.data(), dtype, i, number());
+      }
+    }
+    return bytes;
+  }
+};
+
+float weight_at(const std::vector<uint8_t>& bytes, int dtype, int64_t index) {
+  return dtype == KVERN_F8_E4M3 ? float_of_e4m3(bytes[static_cast<size_t>(index)]) : read_scalar(bytes.data(), dtype, index);
+}
+
+void close(double actual, double expected, double bound, const char* what) {
+  require(std::abs(actual - expected) <= 1e-5 * bound + 1e-30, what);
+}
+
+void check_linear(Random& random, int dtype, int64_t m, int64_t n, int64_t k) {
+  const int64_t blocks = (k + 127) / 128;
+  const auto x = random.stored(m * k, KVERN_F32);
+  const auto weight = random.stored(n * k, dtype);
+  const auto bias = random.stored(n, KVERN_BF16);
+  std::vector<float> scale(static_cast<size_t>((n + 127) / 128 * blocks));
+  for (auto& one : scale) one = std::abs(random.number()) + 0.1f;
+  std::vector<float> y(static_cast<size_t>(m * n));
+  const float* scales = dtype == KVERN_F8_E4M3 ? scale.data() : nullptr;
+  const int code = kvern_linear(y.data(), KVERN_F32, x.data(), KVERN_F32, weight.data(), dtype, k, scales, blocks,
+                                bias.data(), KVERN_BF16, m, n, k);
+  require(code == KVERN_OK, "linear's code");
+  for (int64_t i = 0; i < m * n; ++i) {
+    double sum = read_scalar(bias.data(), KVERN_BF16, i % n), bound = std::abs(sum);
+    for (int64_t c = 0; c < k; ++c) {
+      double product = double{read_scalar(x.data(), KVERN_F32, i / n * k + c)} * weight_at(weight, dtype, i % n * k + c);
+      if (scales) product *= scale[static_cast<size_t>(i % n / 128 * blocks + c / 128)];
+      sum += product;
+      bound += std::abs(product);
+    }
+    close(y[static_cast<size_t>(i)], sum, bound, "linear");
+  }
+}
+
+void check_dequantize(Random& random, int64_t n, int64_t k) {
+  const auto weight = random.stored(n * k, KVERN_F8_E4M3);
+  const std::vector<float> scale(static_cast<size_t>((n + 127) / 128 * ((k + 127) / 128)), 0.5f);
+  std::vector<float> out(static_cast<size_t>(n * k));
+  std::vector<uint16_t> short_out(out.size());
+  require(!kvern_dequantize(out.data(), KVERN_F32, weight.data(), k, scale.data(), (k + 127) / 128, n, k), "code");
+  require(!kvern_dequantize(short_out.data(), KVERN_BF16, weight.data(), k, scale.data(), (k + 127) / 128, n, k), "code");
+  for (int64_t i = 0; i < n * k; ++i) {
+    const float expected = float_of_e4m3(weight[static_cast<size_t>(i)]) * 0.5f;
+    require(out[static_cast<size_t>(i)] == expected, "dequantize");
+    require(float_of_bf16(short_out[static_cast<size_t>(i)]) == expected, "dequantize to BF16");
+  }
+}
+
+struct Attention {
+  int dtype, rows_dtype;
+  int64_t heads, dim, rank, block_size;
+  std::vector<int32_t> contexts, starts;
+};
+
+void check_attention(Random& random, const Attention& one) {
+  const auto sequences = static_cast<int64_t>(one.contexts.size());
+  int64_t width = 0;
+  for (const int32_t context : one.contexts) width = std::max<int64_t>(width, (context + one.block_size - 1) / one.block_size);
+  const int64_t row_count = sequences * width * one.block_size, queries = one.starts.back();
+  std::vector<int32_t> tables(static_cast<size_t>(sequences * width));
+  for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<int32_t>(tables.size() - 1 - i);
+  const auto q = random.stored(queries * one.heads * one.dim, one.dtype);
+  const auto rows = random.stored(row_count * one.dim, one.rows_dtype);
+  std::vector<uint8_t> out(static_cast<size_t>(queries * one.heads * one.rank) * (one.dtype == KVERN_F32 ? 4 : 2));
+  const auto call = [&] {
+    return kvern_paged_latent_attention(out.data(), q.data(), one.dtype, queries, rows.data(), one.rows_dtype, row_count,
+                                        one.dim, tables.data(), width, one.contexts.data(), one.starts.data(), sequences,
+                                        one.block_size, one.heads, one.dim, one.rank, 0.2f);
+  };
+  require(call() == KVERN_OK, "attention's code");
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int32_t* offset = one.starts.data() + s;
+    for (int64_t query = offset[0]; query < offset[1]; ++query) {
+      const int64_t seen = one.contexts[static_cast<size_t>(s)] - (offset[1] - 1 - query);
+      const auto place = [&](int64_t row) {
+        return (tables[static_cast<size_t>(s * width + row / one.block_size)] * one.block_size + row % one.block_size) *
+               one.dim;
+      };
+      for (int64_t head = 0; head < one.heads; ++head) {
+        std::vector<double> sums(static_cast<size_t>(one.rank)), bounds(sums);
+        double total = 0;
+        for (int64_t row = 0; row < seen; ++row) {
+          double score = 0;
+          for (int64_t d = 0; d < one.dim; ++d) {
+            score += double{read_scalar(q.data(), one.dtype, (query * one.heads + head) * one.dim + d)} *
+                     read_scalar(rows.data(), one.rows_dtype, place(row) + d);
+          }
+          const double weight = std::exp(score * 0.2);
+          total += weight;
+          for (int64_t r = 0; r < one.rank; ++r) {
+            const double value = weight * read_scalar(rows.data(), one.rows_dtype, place(row) + r);
+            sums[static_cast<size_t>(r)] += value;
+            bounds[static_cast<size_t>(r)] += std::abs(value);
+          }
+        }
+        for (int64_t r = 0; r < one.rank; ++r) {
+          const auto at = static_cast<size_t>(r);
+          const double rounding = one.dtype == KVERN_BF16 ? 500.0 : 1.0;
+          close(read_scalar(out.data(), one.dtype, (query * one.heads + head) * one.rank + r), sums[at] / total,
+                rounding * bounds[at] / total, "attention");
+        }
+      }
+    }
+  }
+  tables[0] = static_cast<int32_t>(row_count / one.block_size);
+  require(call() == KVERN_BAD_ARGUMENT, "a block outside the cache");
+}
+
+void check_all() {
+  Random random;
+  for (const int dtype : {KVERN_F32, KVERN_BF16, KVERN_F8_E4M3}) {
+    for (const int64_t m : {1, 2, 3, 4, 5, 9, 33}) {
+      check_linear(random, dtype, m, 7, 1);
+      check_linear(random, dtype, m, 130, 191);
+      check_linear(random, dtype, m, 5, 1090);
+    }
+    check_linear(random, dtype, 2, 900, 256);  // several chunks
+  }
+  for (const int64_t k : {1, 65, 300}) check_dequantize(random, 131, k);
+  for (const int rows_dtype : {KVERN_F32, KVERN_BF16}) {
+    check_attention(random, {KVERN_F32, rows_dtype, 14, 70, 33, 16, {1, 600, 40}, {0, 1, 3, 4}});
+    check_attention(random, {KVERN_F32, rows_dtype, 130, 20, 20, 3, {17}, {0, 2}});
+    check_attention(random, {KVERN_F32, rows_dtype, 1, 1, 1, 1, {9}, {0, 1}});
+  }
+  check_attention(random, {KVERN_BF16, KVERN_BF16, 9, 64, 48, 16, {300, 5}, {0, 1, 2}});
+}
+
+}  // namespace
+
+int main() {
+  for (const char* name : {"scalar", "avx2", "avx512"}) {
+    if (kvern_select_isa(name) != KVERN_OK) continue;
+    for (const int threads : {1, 3}) {
+      require(kvern_set_threads(threads) == KVERN_OK, "threads");
+      check_all();
+    }
+    std::thread other(check_all);  // two callers at once: one owns the pool, the other works alone
+    check_all();
+    other.join();
+    std::printf("%s: fine\n", name);
+  }
+  const std::vector<uint64_t> words(1000, 3);
+  require(kvern_read(words.data(), 8000) == 3000, "read");
+  return 0;
+}
