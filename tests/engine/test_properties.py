@@ -357,7 +357,6 @@ def test_a_broken_request_harms_no_other_that_shares_its_step() -> None:
     assert [updates[-1].finish for updates in outcome.updates] == ["length", "error", "length"]
 
 
-@pytest.mark.xfail(strict=True, reason="logprobs_of raises out of the step")
 def test_a_broken_prompt_whose_logprobs_were_asked_for_harms_no_other() -> None:
     engine = Engine(model(), settings=LARGE)
     scored = SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=True)
@@ -366,7 +365,6 @@ def test_a_broken_prompt_whose_logprobs_were_asked_for_harms_no_other() -> None:
     assert [updates[-1].finish for updates in outcome.updates] == ["length", "error"]
 
 
-@pytest.mark.xfail(strict=True, reason="a request that enters again counts its own blocks as cached")
 def test_what_a_preempted_request_had_computed_itself_is_no_cached_prompt() -> None:
     engine = Engine(model(), settings=replace(SMALL, step_tokens=4))
     jobs = [*jobs_of(BASES[1][:20]), *jobs_of(BASES[0][:24], arrives=6)]

@@ -193,7 +193,6 @@ def test_the_pause_doubles_with_faults_in_a_row_and_a_good_step_resets_it(
     assert all(record.exc_info for record in caplog.records)
 
 
-@pytest.mark.xfail(strict=True, reason="the check of an idle engine ends the thread for good")
 def test_books_found_wrong_when_idle_are_a_fault_like_any_other(engine: Watched, inbox: Inbox) -> None:
     service = EngineThread(engine, inbox, first_pause=0.1)
     engine.blocks.allocate(1)

@@ -18,7 +18,7 @@ from kvern.engine.cache import PagedCache
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import FinishReason, Request, Update
 from kvern.engine.runner import Computed, Runner, hold_absorbed_weights
-from kvern.engine.sampler import Row, Sampled, logprobs_of, sample
+from kvern.engine.sampler import NonFiniteLogitsError, Row, Sampled, logprobs_of, sample
 from kvern.engine.scheduler import Chunk, Scheduler
 from kvern.engine.settings import Counts, EngineSettings, EngineStats
 from kvern.errors import BadRequestError, BusyError, KvernError
@@ -158,17 +158,18 @@ class Engine:
 
     def _advance(self, chunks: Sequence[Chunk], computed: Computed) -> list[Update]:
         """Account for the chunks, draw the next token of each request that has all its latents, report."""
+        updates = []
+        ready: list[tuple[Request, int]] = []
         for chunk, rows in zip(chunks, computed.rows, strict=True):
-            self._keep_prompt_logprobs(chunk, computed, rows)
+            error = self._keep_prompt_logprobs(chunk, computed, rows)
             self.scheduler.computed(chunk)
-        ready = [
-            (chunk.request, rows[-1])
-            for chunk, rows in zip(chunks, computed.rows, strict=True)
-            if not chunk.request.pending
-        ]
-        drawing = [(request, row) for request, row in ready if len(request.tokens) < request.limit]
+            if error is not None:
+                updates.append(self._finish(chunk.request, "error", error=error))
+            elif not chunk.request.pending:
+                ready.append((chunk.request, rows[-1]))
+        updates += [self._finish(request, "length") for request, _ in ready if len(request.tokens) >= request.limit]
+        drawing = [(request, row) for request, row in ready if request.id in self._live]
         drawn = sample(computed.logits[[row for _, row in drawing]], [self._row(request) for request, _ in drawing])
-        updates = [self._finish(request, "length") for request, _ in ready if len(request.tokens) >= request.limit]
         return updates + [self._update(request, one) for (request, _), one in zip(drawing, drawn, strict=True)]
 
     def _row(self, request: Request) -> Row:
@@ -190,6 +191,8 @@ class Engine:
         self, request: Request, reason: FinishReason, drawn: Sampled | None = None, error: KvernError | None = None
     ) -> Update:
         del self._live[request.id]
+        if reason == "error":
+            self.blocks.unseal(request.blocks)
         self.scheduler.remove(request)
         self._counts.finished[reason] += 1
         return _report(request, drawn, reason, error)
@@ -198,15 +201,19 @@ class Engine:
         own = frozenset(request.params.stop_token_ids)
         return own if request.params.ignore_eos else own | self.stop_ids
 
-    def _keep_prompt_logprobs(self, chunk: Chunk, computed: Computed, rows: range) -> None:
-        """The logits of a prompt token tell the log-probability of the next one."""
+    def _keep_prompt_logprobs(self, chunk: Chunk, computed: Computed, rows: range) -> KvernError | None:
+        """The logits of a prompt token tell the log-probability of the next one. Returns why they could not."""
         request, first = chunk.request, chunk.request.computed
         if not request.params.prompt_logprobs or first >= request.prompt_length:
-            return
+            return None
         following = request.tokens[first + 1 : min(first + 1 + len(rows), request.prompt_length)]
         logits = computed.logits[rows.start : rows.start + len(following)]
         known = request.prompt_logprobs[: first + 1] or [None]
-        request.prompt_logprobs = [*known, *logprobs_of(logits, following, request.params)]
+        try:
+            request.prompt_logprobs = [*known, *logprobs_of(logits, following, request.params)]
+        except NonFiniteLogitsError as error:
+            return error
+        return None
 
 
 def _report(
@@ -219,7 +226,7 @@ def _report(
         logprobs=() if drawn is None or drawn.logprob is None else (drawn.logprob,),
         finish=reason,
         error=error,
-        cached_tokens=request.cached_tokens if first else 0,
+        cached_tokens=(request.cached_tokens or 0) if first else 0,
         prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
     )
 

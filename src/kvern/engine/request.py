@@ -64,7 +64,9 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hash of each full block of `tokens`, as far as it was needed."""
 
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
+    """Prompt tokens that others had computed when the request first ran."""
+
     reported: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 

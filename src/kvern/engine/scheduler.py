@@ -92,7 +92,7 @@ class Scheduler:
         request.blocks, request.computed = cached, len(cached) * size
         self.prefix_queries += len(request.tokens)
         self.prefix_hits += request.computed
-        if not request.generated:
+        if request.cached_tokens is None:
             request.cached_tokens = request.computed
         return True
 

@@ -79,17 +79,24 @@ class EngineThread:
 
     def _run(self) -> None:
         while not (self._stopping.is_set() and self._drained()):
-            if not self.engine.has_work():
-                self._rest()
-                continue
             try:
-                updates = self.engine.step()
+                updates = self._work()
             except Exception:
                 self._fail()
                 continue
-            self._pause = self._first_pause
             if updates:
                 self._deliver(updates)
+
+    def _work(self) -> list[Update]:
+        """One step; or, when idle, a check that every block is accounted for, and sleep until there is work."""
+        if self.engine.has_work():
+            updates = self.engine.step()
+            self._pause = self._first_pause
+            return updates
+        self.engine.check()
+        self._wake.wait()
+        self._wake.clear()
+        return []
 
     def _drained(self) -> bool:
         """Whether nothing is left; after the deadline everything is cancelled."""
@@ -99,12 +106,6 @@ class EngineThread:
             if updates := self.engine.step_cancelled():
                 self._deliver(updates)
         return not self.engine.has_work()
-
-    def _rest(self) -> None:
-        """Sleep until there is work; idle is the time to check that every block is accounted for."""
-        self.engine.check()
-        self._wake.wait()
-        self._wake.clear()
 
     def _fail(self) -> None:
         log.exception("a step of the engine failed; it restarts in %.1f s", self._pause)
