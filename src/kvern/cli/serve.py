@@ -48,13 +48,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_memory(folder: Path, chosen: ServeSettings) -> str:
-    """Say what the model needs and what there is. Raises NotEnoughMemoryError with the numbers when it cannot fit."""
+    """Say what the model needs at least (one full context) and what there is.
+
+    The cache grows with use, up to eight contexts and half of what is free, and is FP32 unless dtype is bf16. Raises
+    NotEnoughMemoryError with the numbers when not even the least fits.
+    """
     from kvern.config import ModelConfig
     from kvern.plan.hardware import machine
     from kvern.plan.memory import account
 
     config = ModelConfig.load(folder)
-    counted, wide = account(config), 2 if chosen.dtype == "f32" or config.torch_dtype == "float32" else 1
+    counted, wide = account(config), 1 if chosen.dtype == "bf16" else 2
     in_memory = {"auto": counted.checkpoint_bytes, "bf16": 2 * counted.parameters, "f32": 4 * counted.parameters}
     weights = in_memory[chosen.dtype]
     context = min(chosen.max_context or config.max_position_embeddings, config.max_position_embeddings)
