@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings, SamplingParams, Update
+from kvern.engine.request import Request
 from kvern.engine.runner import Computed, Runner
 from kvern.engine.sampler import NonFiniteLogitsError, Row, sample
 from kvern.engine.scheduler import Chunk
@@ -157,11 +158,21 @@ def run(engine: Engine, jobs: Sequence[Job]) -> Outcome:
                     runner.broken[ids[index]] = job.broken
             if index in ids and job.cancelled is not None and job.arrives + job.cancelled == step:
                 engine.cancel(ids[index])
+        first = next(iter(engine.scheduler.running), None)
+        before = first.computed if first else 0
         for update in engine.step():
             updates[update.request_id].append(update)
+        if first and first.id in engine.live():
+            the_first_advances(engine, first, before)
         only_equal_prefixes_are_shared(engine)
         step += 1
     return Outcome([updates[ids[index]] for index in range(len(jobs))], step)
+
+
+def the_first_advances(engine: Engine, first: Request, before: int) -> None:
+    """What was first in order has computed something, unless a better one took its place."""
+    if first.computed <= before:
+        assert engine.scheduler.running[0].order < first.order, "the first in order stands still"
 
 
 def only_equal_prefixes_are_shared(engine: Engine) -> None:
@@ -305,11 +316,12 @@ def test_a_cache_too_small_preempts_and_changes_nothing() -> None:
     assert engine.stats().preemptions > 0
 
 
-def test_a_chunked_prompt_is_computed_once() -> None:
-    engine, jobs = Engine(model(), settings=replace(SMALL, step_tokens=5)), jobs_of(BASES[0][:22])
+@pytest.mark.parametrize("step_tokens", [5, 11, 64])
+def test_a_chunked_prompt_is_computed_once(step_tokens: int) -> None:
+    engine, jobs = Engine(model(), settings=replace(SMALL, step_tokens=step_tokens)), jobs_of(BASES[0][:22])
     outcome = run(engine, jobs)
     judge(engine, jobs, outcome)
-    assert engine.stats().steps == 5 + 11
+    assert engine.stats().steps == -(-22 // step_tokens) + 11
 
 
 def test_a_long_prompt_does_not_hold_up_an_answer() -> None:

@@ -96,13 +96,13 @@ LOGIT = st.one_of(st.sampled_from([x / 2 for x in range(-8, 9)]), numbers(-30, 3
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[float], Row]:
-    logits = draw(st.lists(LOGIT, min_size=2, max_size=40))
+    logits = draw(st.lists(LOGIT, min_size=draw(st.sampled_from([2, 12])), max_size=40))
     ids = st.integers(0, len(logits) - 1)
     tokens = draw(st.lists(ids, min_size=1, max_size=20))
     options: dict[str, Any] = {
-        "temperature": st.sampled_from([0.0, 1e-6, 0.05, 0.7, 1.0, 2.5, 100.0]),
+        "temperature": st.sampled_from([0.7, 1.0, 2.5, 8.0, 100.0, 0.05, 1e-6, 0.0]),
         "top_p": st.one_of(st.just(1.0), numbers(0.01, 1.0)),
-        "top_k": st.one_of(st.just(0), st.integers(1, 50)),
+        "top_k": st.one_of(st.just(0), st.integers(1, 8), st.integers(1, 50)),
         "min_p": st.one_of(st.just(0.0), numbers(0.001, 1.0)),
         "presence_penalty": st.one_of(st.just(0.0), numbers(-2, 2)),
         "frequency_penalty": st.one_of(st.just(0.0), numbers(-2, 2)),
@@ -254,6 +254,26 @@ def test_exactly_top_k_of_tied_ids_stay() -> None:
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.75, 3), (0.5000001, 3), (1.0, 4), (0.0, 1), (0.25, 1)])
 def test_top_p_stops_as_soon_as_it_is_reached(share: float, kept: int) -> None:
     drawn = {one([1.0] * 4, row(replace(RANDOM, top_p=share), seed)).token for seed in range(200)}
+    assert drawn == set(range(kept))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"min_p": 0.6}, 2),
+        ({"min_p": 0.6, "top_k": 3}, 2),
+        ({"min_p": 0.1, "top_k": 3}, 3),
+        ({"top_p": 0.5}, 2),
+        ({"top_p": 0.5, "min_p": 0.6}, 1),  # 0.4 of the 0.7 that min_p left
+        ({"top_p": 0.5, "top_k": 2}, 1),
+        ({"top_p": 0.8, "top_k": 3}, 3),  # 0.7 of 0.9 is not enough
+        ({"top_p": 0.7, "top_k": 3, "min_p": 0.1}, 2),
+    ],
+    ids=str,
+)
+def test_min_p_then_top_k_then_top_p_of_what_is_left(options: dict[str, Any], kept: int) -> None:
+    logits = [math.log(probability) for probability in (0.4, 0.3, 0.2, 0.1)]
+    drawn = {one(logits, row(replace(RANDOM, **options), seed)).token for seed in range(200)}
     assert drawn == set(range(kept))
 
 
