@@ -160,7 +160,8 @@ def run(engine: Engine, jobs: Sequence[Job]) -> Outcome:
                     runner.broken[ids[index]] = job.broken
             if index in ids and job.cancelled is not None and job.arrives + job.cancelled == step:
                 engine.cancel(ids[index])
-        first, runner.computed = next(iter(engine.scheduler.running), None), ()
+        first = next(iter(engine.scheduler.running), None)
+        runner.computed = []
         for update in engine.step():
             updates[update.request_id].append(update)
         if first and first.id in engine.live():
