@@ -40,7 +40,7 @@ from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.engine.dtype import choose
 from kvern.errors import NotFoundError
-from kvern.ops import native
+from kvern.ops import library
 from kvern.plan.hardware import default_threads, machine
 
 MODEL = "coder-0.5b"
@@ -293,7 +293,7 @@ def missed(rows: Sequence[Row], warm: WarmRow) -> list[str]:
 def show(rows: Sequence[Row], warm: WarmRow, dtype: str, load_at_start: float) -> None:
     """A line a case."""
     mark = " (DISTURBED)" if load_at_start > 1.2 else ""
-    print(f"{MODEL} {dtype}, {machine().cpu}, kernels {native.isa()}, load {load_at_start:.1f} at the start{mark}")
+    print(f"{MODEL} {dtype}, {machine().cpu}, kernels {library.isa()}, load {load_at_start:.1f} at the start{mark}")
     print(f"{'case':<18} {'Kvern tok/s':>11} {'transformers':>12} {'ratio':>6} {'bar':>5}  ratio of each pair")
     for row in rows:
         each = " ".join(f"{a / b:.2f}" for a, b in row.pairs)

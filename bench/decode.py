@@ -28,7 +28,7 @@ from kvern.checkpoint.pull import ensure_imported, pulled_path
 from kvern.engine import Engine, SamplingParams
 from kvern.engine.dtype import choose
 from kvern.errors import NotFoundError
-from kvern.ops import native
+from kvern.ops import library
 from kvern.plan.hardware import default_threads, machine
 
 MODEL = "coder-0.5b"
@@ -140,8 +140,8 @@ def measure(tokens: int, pairs: int) -> list[Row]:
 def print_table(rows: list[Row], load_at_start: float) -> None:
     """One line a comparison."""
     mark = " (DISTURBED)" if load_at_start > 1 else ""
-    threads = f"{native.threads()} threads"
-    print(f"{MODEL}, {machine().cpu}, kernels {native.isa()}, {threads}, load {load_at_start:.1f} at the start{mark}")
+    threads = f"{library.threads()} threads"
+    print(f"{MODEL}, {machine().cpu}, kernels {library.isa()}, {threads}, load {load_at_start:.1f} at the start{mark}")
     print(f"{'Kvern':<32} {'transformers':<12} {'Kvern tok/s':>11} {'theirs':>7} {'ratio':>6}  ratio of each pair")
     for row in rows:
         each = " ".join(f"{a / b:.2f}" for a, b in row.pairs)

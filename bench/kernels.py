@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvern import ops
-from kvern.ops import native
+from kvern.ops import library
 from kvern.plan.hardware import machine
 
 SHAPES = {
@@ -129,7 +129,7 @@ def alternate(runs: Sequence[Callable[[], object]]) -> list[float]:
 
 def read_rate(data: Tensor) -> float:
     """GB/s of reading `data` once."""
-    return data.numel() * data.element_size() / alternate([lambda: native.read_bandwidth(data)])[0] / 1e9
+    return data.numel() * data.element_size() / alternate([lambda: library.read_bandwidth(data)])[0] / 1e9
 
 
 def main() -> None:
@@ -139,19 +139,19 @@ def main() -> None:
     parser.add_argument("--rows", default="1", help="rows of x to measure, separated by commas")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    if (reason := native.why_absent()) is not None:
+    if (reason := library.why_absent()) is not None:
         raise SystemExit(f"error: {reason}")
     load, rows, attention = os.getloadavg()[0], [], []
     sizes = [int(one) for one in args.rows.split(",")]
     for threads in (int(one) for one in args.threads.split(",")):
-        native.set_threads(threads)
+        library.set_threads(threads)
         torch.set_num_threads(threads)
         read = read_rate(torch.ones(BYTES // 4))
         rows += [measure(threads, name, size, dtype, read) for name in SHAPES for size in sizes for dtype in DTYPES]
         attention += [measure_attention(threads, name, *step) for name in HEADS for step in STEPS]
     if args.json:
         found = {"rows": [asdict(row) for row in rows], "attention": [asdict(row) for row in attention]}
-        print(json.dumps({"isa": native.isa(), "load": load, **found}, indent=2))
+        print(json.dumps({"isa": library.isa(), "load": load, **found}, indent=2))
     else:
         print_table(rows, load)
         print_attention(attention)
@@ -159,7 +159,7 @@ def main() -> None:
 
 def print_table(rows: Sequence[Row], load: float) -> None:
     """One line a product."""
-    print(f"{machine().cpu}, kernels {native.isa()}, torch {torch.__version__}, load {load:.1f} at the start", end="")
+    print(f"{machine().cpu}, kernels {library.isa()}, torch {torch.__version__}, load {load:.1f} at the start", end="")
     print(" (DISTURBED)" if load > 1 else "")
     print("threads  shape                       N x K  rows  dtype           read  Kvern share  torch ratio")
     for row in rows:

@@ -18,7 +18,7 @@ from kvern.checkpoint.load import load
 from kvern.engine import Engine, SamplingParams
 from kvern.engine.settings import EngineSettings
 from kvern.model import ForwardBatch, Transformer
-from kvern.ops import native
+from kvern.ops import library
 from kvern.plan import hardware
 from kvern.plan.memory import account
 
@@ -169,5 +169,5 @@ def test_what_cannot_run_says_why(model: Transformer, monkeypatch: pytest.Monkey
 
 def test_the_read_bandwidth_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.5 < bench.read_gb_s(8_000_000) < 5000
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "library", lambda: None)
     assert 0.5 < bench.read_gb_s(8_000_000) < 5000

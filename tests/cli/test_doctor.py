@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvern.cli import doctor, main
-from kvern.ops import native
+from kvern.ops import library
 from kvern.plan.hardware import Machine, machine
 
 AVX2 = ("avx2", "fma", "f16c")
@@ -47,7 +47,7 @@ def test_all_known_models_by_default(
     found = report(capsys)
     assert {"deepseek-v3", "moonlight-16b-a3b", "kimi-k2"} <= set(found["models"])
     assert "parameters" not in found
-    assert found["kernels"]["ops"]["linear"] == ("native" if native.library() else "reference")
+    assert found["kernels"]["ops"]["linear"] == ("native" if library.library() else "reference")
     assert found["machine"]["usable_cores"] >= 1
 
 
@@ -64,23 +64,23 @@ def test_an_unknown_model_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def described(**changes: Any) -> Machine:
-    same = {"usable_cores": native.threads(), "logical_cores": native.threads(), "isa": AVX512}
+    same = {"usable_cores": library.threads(), "logical_cores": library.threads(), "isa": AVX512}
     return dataclasses.replace(machine(), **{**same, **changes})
 
 
 def test_advice_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "why_absent", lambda: "the library was not built")
+    monkeypatch.setattr(library, "why_absent", lambda: "the library was not built")
     assert any("install g++" in line for line in doctor.advice(described()))
 
 
 def test_advice_on_cores_and_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "why_absent", lambda: None)
-    monkeypatch.setattr(native, "isa", lambda: "avx512")
-    monkeypatch.setattr(native, "library", object)
-    monkeypatch.setattr(native, "threads", lambda: 2)
+    monkeypatch.setattr(library, "why_absent", lambda: None)
+    monkeypatch.setattr(library, "isa", lambda: "avx512")
+    monkeypatch.setattr(library, "library", object)
+    monkeypatch.setattr(library, "threads", lambda: 2)
     assert doctor.advice(described(usable_cores=2, logical_cores=2)) == []
     assert "2 of 8 cores" in doctor.advice(described(usable_cores=8, logical_cores=8))[0]
     assert "limit leaves 2 of 8" in doctor.advice(described(usable_cores=2, logical_cores=8))[0]
-    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.setattr(library, "isa", lambda: "avx2")
     assert "unset KVERN_ISA" in doctor.advice(described(usable_cores=2, logical_cores=2))[0]
     assert "no AVX-512" in doctor.advice(described(usable_cores=2, logical_cores=2, isa=AVX2))[0]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvern import ops
-from kvern.ops import native, reference
+from kvern.ops import library, native, reference
 from kvern.plan.hardware import machine
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_absent()))
+pytestmark = pytest.mark.skipif(library.library() is None, reason=str(library.why_absent()))
 
 FP8 = torch.float8_e4m3fn
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, FP8)
@@ -34,10 +34,10 @@ BF16_HALF_ULP = 2.0**-8
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = native.threads()
-    native.set_threads(request.param)
+    before = library.threads()
+    library.set_threads(request.param)
     yield request.param
-    native.set_threads(before)
+    library.set_threads(before)
 
 
 def make(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -230,13 +230,13 @@ def test_calls_from_several_threads() -> None:
 def test_a_forked_child_computes_too() -> None:
     script = """
 import os, torch
-from kvern.ops import native
-native.set_threads(2)
+from kvern.ops import library, native
+library.set_threads(2)
 x, w = torch.ones(1, 512), torch.ones(4096, 512)
 assert (native.linear(x, w) == 512).all()
 child = os.fork()
 if child == 0:
-    os._exit(0 if (native.linear(x, w) == 512).all() and native.threads() == 2 else 1)
+    os._exit(0 if (native.linear(x, w) == 512).all() and library.threads() == 2 else 1)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
@@ -245,10 +245,10 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 PARITY = """
 import json, pathlib, sys
 import pytest
-from kvern.ops import native
+from kvern.ops import library
 rules = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not instruction_set and not forked"]
 code = pytest.main([*rules, *sys.argv[1:]])
-print(json.dumps({"isa": native.isa(), "code": int(code)}))
+print(json.dumps({"isa": library.isa(), "code": int(code)}))
 """
 
 
@@ -260,7 +260,7 @@ def instruction_sets() -> list[str]:
         "avx2": {"avx2", "fma", "f16c"} <= set(flags),
         "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512vbmi"} <= set(flags),
     }
-    return [name for name, present in sets.items() if present and name != native.isa()]
+    return [name for name, present in sets.items() if present and name != library.isa()]
 
 
 def run_with_isa(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

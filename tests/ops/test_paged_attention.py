@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvern import ops
-from kvern.ops import native, reference
+from kvern.ops import library, native_attention, reference
 
 BF16_HALF_ULP = 2.0**-8
 
@@ -134,14 +134,14 @@ def test_it_equals_latent_attention_over_the_gathered_rows() -> None:
     assert torch.equal(reference.paged_latent_attention(*case.arguments()), expected)
 
 
-has_kernels = pytest.mark.skipif(native.library() is None, reason=str(native.why_absent()))
+has_kernels = pytest.mark.skipif(library.library() is None, reason=str(library.why_absent()))
 
 TOLERANCE = 3e-6
 """Of sum p|v|."""
 
 
 def check(case: Paged) -> None:
-    out = native.paged_latent_attention(*case.arguments())
+    out = native_attention.paged_latent_attention(*case.arguments())
     expected, bound = exact(case)
     assert out.dtype is case.q.dtype
     allowed = TOLERANCE * bound if out.dtype is torch.float32 else TOLERANCE * bound + BF16_HALF_ULP * expected.abs()
@@ -166,10 +166,10 @@ def test_kernel_with_bfloat16_queries() -> None:
 @has_kernels
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernel_over_a_long_context(threads: int) -> None:
-    before = native.threads()
-    native.set_threads(threads)
+    before = library.threads()
+    library.set_threads(threads)
     check(make([20_000], heads=3, rank=16, rope=4, block_size=16))
-    native.set_threads(before)
+    library.set_threads(before)
 
 
 @has_kernels
@@ -188,7 +188,7 @@ def test_large_scores_do_not_overflow_and_late_maxima_take_over() -> None:
     ramp = torch.linspace(-60, 60, 400)[:, None]
     at = reference.paged_rows(case.tables[0], 400, case.block_size)
     case.rows[at] = case.rows[at] + ramp
-    out = native.paged_latent_attention(*case.arguments())
+    out = native_attention.paged_latent_attention(*case.arguments())
     expected, bound = exact(case)
     sizes = (case.q.double().abs() @ case.rows[at].double().abs().T * case.scale).amax()
     assert sizes > 100  # exp(100) is near the end of FP32, and each score is itself rounded to 2^-24 of that
@@ -198,12 +198,12 @@ def test_large_scores_do_not_overflow_and_late_maxima_take_over() -> None:
 @has_kernels
 def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
     case = make([700, 33, 9000], [3, 1, 2], heads=14, rank=24, rope=8, block_size=16)
-    before = native.threads()
+    before = library.threads()
     results = []
     for threads in (1, 2):
-        native.set_threads(threads)
-        results.append(native.paged_latent_attention(*case.arguments()))
-    native.set_threads(before)
+        library.set_threads(threads)
+        results.append(native_attention.paged_latent_attention(*case.arguments()))
+    library.set_threads(before)
     assert torch.equal(*results)
     for query, sequence, context in ((0, 0, 698), (2, 0, 700), (3, 1, 33), (5, 2, 9000)):
         alone = replace(
@@ -213,7 +213,7 @@ def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
             contexts=torch.tensor([context], dtype=torch.int32),
             starts=torch.tensor([0, 1], dtype=torch.int32),
         )
-        assert torch.equal(native.paged_latent_attention(*alone.arguments())[0], results[0][query])
+        assert torch.equal(native_attention.paged_latent_attention(*alone.arguments())[0], results[0][query])
 
 
 @has_kernels
@@ -221,12 +221,12 @@ def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
 def test_a_nan_spoils_those_who_see_it_and_nobody_else(column: int) -> None:
     case = make([40, 40], [3, 1], heads=14)
     case.rows[reference.paged_rows(case.tables[0], 40, case.block_size)[38], column] = float("nan")
-    is_nan = native.paged_latent_attention(*case.arguments()).isnan()
+    is_nan = native_attention.paged_latent_attention(*case.arguments()).isnan()
     assert not is_nan[0].any()
     assert is_nan[1:3].all()
     assert not is_nan[3].any()
     case.q[0, 5, 0] = float("nan")
-    is_nan = native.paged_latent_attention(*case.arguments()).isnan()
+    is_nan = native_attention.paged_latent_attention(*case.arguments()).isnan()
     assert is_nan[0, 5].all()
     assert is_nan[0].sum() == case.rank
 
@@ -238,9 +238,9 @@ def test_infinite_scores_weigh_nothing_or_spoil_the_head() -> None:
     case.q[:] = 1.0
     case.rows[at[:300], -1] = float("-inf")  # a whole part of the context, and more
     expected = reference.paged_latent_attention(*case.arguments())
-    torch.testing.assert_close(native.paged_latent_attention(*case.arguments()), expected)
+    torch.testing.assert_close(native_attention.paged_latent_attention(*case.arguments()), expected)
     case.rows[at, -1] = float("-inf")
-    assert native.paged_latent_attention(*case.arguments()).isnan().all()
+    assert native_attention.paged_latent_attention(*case.arguments()).isnan().all()
 
 
 @has_kernels
@@ -254,9 +254,9 @@ def test_rows_may_be_a_slice_of_wider_rows() -> None:
 @has_kernels
 def test_kernel_without_queries() -> None:
     case = make([5, 9], [0, 0])
-    assert native.paged_latent_attention(*case.arguments()).shape == (0, 3, 8)
+    assert native_attention.paged_latent_attention(*case.arguments()).shape == (0, 3, 8)
     nobody = replace(case, tables=case.tables[:0], contexts=case.contexts[:0], starts=torch.zeros(1, dtype=torch.int32))
-    assert native.paged_latent_attention(*nobody.arguments()).shape == (0, 3, 8)
+    assert native_attention.paged_latent_attention(*nobody.arguments()).shape == (0, 3, 8)
 
 
 @has_kernels
@@ -278,22 +278,22 @@ def test_books_that_do_not_add_up_are_refused() -> None:
     ]
     for one in wrong:
         with pytest.raises(IndexError, match="outside the cache"):
-            native.paged_latent_attention(*one.arguments())
+            native_attention.paged_latent_attention(*one.arguments())
 
 
 @has_kernels
 def test_gradients_and_other_dtypes_go_through_the_reference() -> None:
     case = make([9, 5])
     case.q.requires_grad_()
-    out = native.paged_latent_attention(*case.arguments())
+    out = native_attention.paged_latent_attention(*case.arguments())
     (gradient,) = torch.autograd.grad(out.sum(), case.q)
     assert gradient.isfinite().all()
     wide = replace(case, q=case.q.detach().double(), rows=case.rows.double(), tables=case.tables.long())
     assert torch.equal(
-        native.paged_latent_attention(*wide.arguments()), reference.paged_latent_attention(*wide.arguments())
+        native_attention.paged_latent_attention(*wide.arguments()), reference.paged_latent_attention(*wide.arguments())
     )
 
 
 @has_kernels
 def test_the_kernel_is_registered() -> None:
-    assert ops.paged_latent_attention.backend("cpu") == "native"
+    assert ops.paged_latent_attention.backend("cpu") == "native_attention"

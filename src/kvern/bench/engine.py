@@ -24,7 +24,7 @@ from kvern.bench.traffic import Traffic, Weights, recorded
 from kvern.engine import Engine, SamplingParams
 from kvern.engine.settings import EngineSettings
 from kvern.model import Transformer
-from kvern.ops import native
+from kvern.ops import library
 from kvern.plan.hardware import machine
 
 Test = Literal["prefill", "decode"]
@@ -108,7 +108,7 @@ def cache_row_bytes(model: Transformer) -> int:
 def read_gb_s(nbytes: int = READ_BYTES) -> float:
     """GB/s of a plain read of memory with all threads: median of rounds over `nbytes`, after a first one."""
     data = torch.ones(nbytes // 4)
-    read = native.read_bandwidth if native.library() is not None else torch.sum
+    read = library.read_bandwidth if library.library() is not None else torch.sum
     seconds = []
     for _ in range(1 + READ_ROUNDS):
         start = time.perf_counter()

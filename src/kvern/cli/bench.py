@@ -137,7 +137,7 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 def _engine(args: argparse.Namespace) -> int:
     from kvern.bench import charts, tables
     from kvern.bench import engine as bench
-    from kvern.ops import native
+    from kvern.ops import library
     from kvern.plan.hardware import machine
 
     with _quiet_machine():
@@ -145,7 +145,7 @@ def _engine(args: argparse.Namespace) -> int:
         todo = list(_possible(bench.cases(args.prompt, args.decode, args.depth, args.batch), model))
         read = bench.read_gb_s()
         title = (
-            f"{args.model}, {machine().cpu}, kernels {native.isa() or 'none'}, {native.threads()} threads, "
+            f"{args.model}, {machine().cpu}, kernels {library.isa() or 'none'}, {library.threads()} threads, "
             f"{str(model.activation_dtype).removeprefix('torch.')} activations, read {read:.1f} GB/s"
         )
         _say(title)
@@ -170,11 +170,11 @@ def _load(args: argparse.Namespace) -> Transformer:
     from kvern.config import ModelConfig
     from kvern.engine.dtype import choose
     from kvern.llm import resolve
-    from kvern.ops import native
+    from kvern.ops import library
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-        native.set_threads(args.threads)
+        library.set_threads(args.threads)
     with progress_bar() as progress:
         folder = resolve(args.model, progress)
     if args.dtype != "auto":

@@ -89,16 +89,16 @@ def advice(machine: Machine) -> list[str]:
     """What would make this machine faster; empty when nothing is left to do."""
     import torch
 
-    from kvern.ops import native
+    from kvern.ops import library
 
     found = []
-    if (reason := native.why_absent()) is not None:
+    if (reason := library.why_absent()) is not None:
         found.append(f"{reason}: install g++ and reinstall kvern, decoding becomes several times faster")
-    elif native.isa() != (best := _best_isa(machine.isa)):
-        found.append(f"the kernels run as {native.isa()}, this CPU could run {best}: unset KVERN_ISA")
+    elif library.isa() != (best := _best_isa(machine.isa)):
+        found.append(f"the kernels run as {library.isa()}, this CPU could run {best}: unset KVERN_ISA")
     elif best == "avx2":
         found.append("this CPU has AVX2 and no AVX-512: FP8 weights decode at about half the speed, BF16 ones do not")
-    threads = native.threads() if native.library() else torch.get_num_threads()
+    threads = library.threads() if library.library() else torch.get_num_threads()
     if threads < machine.usable_cores:
         found.append(f"{threads} of {machine.usable_cores} cores are used: raise OMP_NUM_THREADS, or unset it")
     if machine.usable_cores < machine.logical_cores:
@@ -135,12 +135,12 @@ def _machine(machine: Machine) -> Report:
 
 def _kernels() -> Report:
     from kvern import ops
-    from kvern.ops import native
+    from kvern.ops import library
 
     return {
-        "native": native.isa(),
-        "threads": native.threads(),
-        "why_absent": native.why_absent(),
+        "native": library.isa(),
+        "threads": library.threads(),
+        "why_absent": library.why_absent(),
         "ops": {op.name: op.backend("cpu") for op in ops.ALL},
     }
 

@@ -86,9 +86,9 @@ def banner(url: str, name: str) -> str:
 
 
 def _say_what_is_missing() -> None:
-    from kvern.ops import native
+    from kvern.ops import library
 
-    if (reason := native.why_absent()) is not None:
+    if (reason := library.why_absent()) is not None:
         print(f"slower than need be: {reason} (kvern doctor tells more)", file=sys.stderr, flush=True)
 
 

@@ -25,7 +25,7 @@ from kvern.errors import BusyError, ConfigError
 from kvern.llm.prepare import Prepared, TextSide
 from kvern.llm.text_stream import Piece, TextStream
 from kvern.model import Transformer
-from kvern.ops import native
+from kvern.ops import library
 from kvern.text.messages import Completion, MessageLike
 from kvern.text.options import SamplingOptions
 
@@ -56,7 +56,7 @@ class LLM(TextSide):
         super().__init__(folder, served_name(model))
         if threads is not None:
             torch.set_num_threads(threads)
-            native.set_threads(threads)
+            library.set_threads(threads)
         chosen = settings or EngineSettings()
         if max_context is not None:
             chosen = replace(chosen, max_context=max_context)

@@ -1,6 +1,7 @@
 """Maths on tensors that knows no model: each op is one `Op`, a table from device type to implementation.
 
-`reference` is the specification and the fallback; `native` (CPU kernels) registers itself for what it computes.
+`reference` is the specification and the fallback; `native` and `native_attention` (CPU kernels of
+`library`) register themselves for what they compute.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Attention on the CPU kernels of csrc/. What they do not take (autograd, other dtypes) goes to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvern.ops import reference
+from kvern.ops.library import CODES, is_dense, loaded
+
+
+def paged_latent_attention(
+    q: Tensor,
+    rows: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    starts: Tensor,
+    block_size: int,
+    rank: int,
+    scale: float,
+) -> Tensor:
+    """`reference.paged_latent_attention` in FP32 throughout: relative error under 3e-6 of sum p|v|.
+
+    A query's result depends on its rows alone, bit for bit: not on the rest of the batch, nor on the number of threads.
+    """
+    if not _takes_attention(q, rows, tables, contexts, starts):
+        return reference.paged_latent_attention(q, rows, tables, contexts, starts, block_size, rank, scale)
+    q, tables, contexts, starts = (t.contiguous() for t in (q, tables, contexts, starts))
+    out = torch.empty(*q.shape[:2], rank, dtype=q.dtype)
+    code = loaded().kvern_paged_latent_attention(
+        out.data_ptr(),
+        q.data_ptr(),
+        CODES[q.dtype],
+        q.shape[0],
+        rows.data_ptr(),
+        CODES[rows.dtype],
+        rows.shape[0],
+        rows.stride(0),
+        tables.data_ptr(),
+        tables.shape[1],
+        contexts.data_ptr(),
+        starts.data_ptr(),
+        tables.shape[0],
+        block_size,
+        q.shape[1],
+        q.shape[2],
+        rank,
+        scale,
+    )
+    if code:
+        raise IndexError(
+            "starts are not offsets into q, a context is too short, or a block number is outside the cache"
+        )
+    return out
+
+
+def _takes_attention(q: Tensor, rows: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor) -> bool:
+    if torch.is_grad_enabled() and (q.requires_grad or rows.requires_grad):
+        return False
+    return (
+        q.dtype in (torch.float32, torch.bfloat16)
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and q.dim() == 3
+        and is_dense(rows)
+        and q.shape[2] == rows.shape[1]
+        and all(books.dtype is torch.int32 for books in (tables, contexts, starts))
+        and tables.shape[:1] == contexts.shape
+        and starts.shape == (len(contexts) + 1,)
+    )
