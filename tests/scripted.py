@@ -19,6 +19,7 @@ class ScriptedEngine(Engine):
     ) -> None:
         self.script = script
         self.max_context = max_context
+        self.longer_context = ", or serve with a larger --max-context"
         self.max_waiting = max_waiting
         self.vocab_size = 320
         self.pause = pause

@@ -102,6 +102,12 @@ class UnavailableError(TryLaterError):
     code = "unavailable"
 
 
+class NonFiniteLogitsError(KvernError):
+    """The model computed NaN or infinity for a request: broken weights, or numbers that overflowed."""
+
+    code = "non_finite_logits"
+
+
 class UnreachableError(KvernError):
     """A server that the user named and that does not answer."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 from tests.model.oracle import kvern_model, random_config, transformers_model
 
 from kvern.engine import Engine, EngineSettings, SamplingParams, Update
+from kvern.engine.runner import Computed
+from kvern.engine.scheduler import Chunk
 from kvern.errors import BadRequestError, BusyError, ConfigError
 
 PROMPT = list(range(2, 40))
@@ -165,6 +170,62 @@ def test_a_better_priority_runs_first_and_preempts() -> None:
     assert order[0] == urgent
     assert sorted(order[1:]) == slow
     assert running.stats().preemptions >= 1
+
+
+def test_an_update_tells_when_the_request_left_the_queue() -> None:
+    running, begun = engine(max_running=1), time.monotonic()
+    first, second, gone = (running.add(PROMPT, SamplingParams(max_tokens=3)) for _ in range(3))
+    running.cancel(gone)
+    updates = finish(running)
+    started = {number: [update.started for update in updates[number]] for number in (first, second, gone)}
+    assert started[first][1:] == started[second][1:] == [None, None]
+    assert started[gone] == [None]
+    before, after = started[first][0], started[second][0]
+    assert before is not None
+    assert after is not None
+    assert begun < before < after < time.monotonic()
+
+
+def test_equal_prompts_that_come_together_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, computed = engine(step_tokens=16, max_running=4), Counter[str]()
+    run = running.runner.run
+
+    def counting(chunks: Sequence[Chunk]) -> Computed:
+        computed["tokens"] += sum(chunk.count for chunk in chunks)
+        return run(chunks)
+
+    monkeypatch.setattr(running.runner, "run", counting)
+    params = [SamplingParams(max_tokens=6, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(4)]
+    numbers = [running.add(PROMPT, one) for one in params]
+    updates = finish(running)
+    together = [[token for update in updates[number] for token in update.tokens] for number in numbers]
+    assert computed["tokens"] == len(PROMPT) + 3 * (len(PROMPT) % 4) + 4 * 5
+    alone = [generate(engine(prefix_caching=False), PROMPT, **asdict(one)) for one in params]
+    assert together == alone
+    assert len({*map(tuple, together)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({}, "shorten the prompt; {limit} tokens are the model's maximum"),
+        ({"max_context": 9999}, "shorten the prompt; {limit} tokens are the model's maximum"),
+        (
+            {"max_context": 44},
+            "shorten the prompt, or serve with a larger --max-context; the model's maximum is {limit}",
+        ),
+        (
+            {"cache_tokens": 44},
+            "shorten the prompt, or serve with a larger --cache-tokens; the model's maximum is {limit}",
+        ),
+    ],
+    ids=str,
+)
+def test_a_prompt_too_long_is_told_what_helps(settings: dict[str, int], hint: str) -> None:
+    running = engine(**settings)
+    with pytest.raises(BadRequestError) as refused:
+        running.add([1] * 5000, SamplingParams(max_tokens=1))
+    assert refused.value.hint == hint.format(limit=running.model.config.max_position_embeddings)
 
 
 def test_one_request_alone_leaves_nothing_behind() -> None:

@@ -21,8 +21,9 @@ from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings, SamplingParams, Update
 from kvern.engine.request import Request
 from kvern.engine.runner import Computed, Runner
-from kvern.engine.sampler import NonFiniteLogitsError, Row, sample
+from kvern.engine.sampler import Row, sample
 from kvern.engine.scheduler import Chunk
+from kvern.errors import NonFiniteLogitsError
 from kvern.model import ForwardBatch, Transformer
 
 VOCABULARY = 48

@@ -16,8 +16,8 @@ from hypothesis import assume, currently_in_test_context, given, settings
 from hypothesis import strategies as st
 
 from kvern.engine.params import SamplingParams
-from kvern.engine.sampler import NonFiniteLogitsError, Row, Sampled, logprobs_of, sample, uniform
-from kvern.errors import BadRequestError
+from kvern.engine.sampler import Row, Sampled, logprobs_of, sample, uniform
+from kvern.errors import BadRequestError, NonFiniteLogitsError
 
 GREEDY = SamplingParams(max_tokens=8)
 RANDOM = SamplingParams(max_tokens=8, temperature=1.0)

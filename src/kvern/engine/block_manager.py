@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 
 class BlockManager:
@@ -75,6 +76,11 @@ class BlockManager:
                 self._free[block] = None
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
+
+    def freed_by(self, owners: Iterable[Sequence[int]]) -> int:
+        """How many blocks would be without owner if these owners gave theirs back; nobody's count changes."""
+        counted = Counter(chain.from_iterable(owners))
+        return sum(count == self._references[block] for block, count in counted.items())
 
     def seal(self, block: int, block_hash: bytes) -> None:
         """A block became full: from now on others can find it by its hash."""

@@ -18,10 +18,10 @@ from kvern.engine.cache import PagedCache
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import FinishReason, Request, Update
 from kvern.engine.runner import Computed, Runner, hold_absorbed_weights
-from kvern.engine.sampler import NonFiniteLogitsError, Row, Sampled, logprobs_of, sample
+from kvern.engine.sampler import Row, Sampled, logprobs_of, sample
 from kvern.engine.scheduler import Chunk, Scheduler
 from kvern.engine.settings import Counts, EngineSettings, EngineStats
-from kvern.errors import BadRequestError, BusyError, KvernError
+from kvern.errors import BadRequestError, BusyError, KvernError, NonFiniteLogitsError
 from kvern.model import Transformer
 from kvern.plan.hardware import machine
 
@@ -39,6 +39,7 @@ class Engine:
         self.stop_ids = frozenset(model.config.eos_token_id)
         blocks = cache_blocks(model, self.settings)
         self.max_context = min(longest_context(model, self.settings), blocks * self.settings.block_size)
+        self.longer_context = how_longer(self.max_context, model, self.settings)
         hold_absorbed_weights(model)
         self.cache = PagedCache(model.config, blocks, self.settings.block_size, model.activation_dtype)
         self.runner = Runner(model, self.cache)
@@ -62,7 +63,7 @@ class Engine:
         Raises BadRequestError when it can never be served (empty, an id outside the vocabulary, longer than the
         context) and BusyError when the queue is full.
         """
-        check_request(prompt, params, self.vocab_size, self.max_context)
+        check_request(prompt, params, self.vocab_size, self.max_context, self.longer_context)
         if len(self.scheduler.waiting) + len(self._arrived) >= self.settings.max_waiting:
             raise BusyError(f"{self.settings.max_waiting} requests are waiting already", retry_after=1)
         number = next(self._ids)
@@ -228,10 +229,13 @@ def _report(
         error=error,
         cached_tokens=(request.cached_tokens or 0) if first else 0,
         prompt_logprobs=tuple(request.prompt_logprobs) if first else (),
+        started=request.started if first else None,
     )
 
 
-def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int, max_context: int) -> None:
+def check_request(
+    prompt: Sequence[int], params: SamplingParams, vocab_size: int, max_context: int, longer_context: str
+) -> None:
     """Raise BadRequestError, with both numbers, for a request that can never be served."""
     if not prompt:
         raise BadRequestError("the prompt is empty", param="prompt")
@@ -239,7 +243,7 @@ def check_request(prompt: Sequence[int], params: SamplingParams, vocab_size: int
     if len(prompt) > max_context - least:
         raise BadRequestError(
             f"the prompt has {len(prompt)} tokens and the context holds {max_context}, answer included",
-            hint="shorten the prompt or serve with a larger --max-context",
+            hint=f"shorten the prompt{longer_context}",
             param="prompt",
         )
     if params.max_tokens < least:
@@ -253,6 +257,15 @@ def longest_context(model: Transformer, settings: EngineSettings) -> int:
     """Tokens of prompt and answer: the model's limit, or less where the settings say so."""
     limit = model.config.max_position_embeddings
     return min(settings.max_context or limit, limit)
+
+
+def how_longer(max_context: int, model: Transformer, settings: EngineSettings) -> str:
+    """What else helps, besides a shorter prompt: a setting, where one is the limit; else the model's own is named."""
+    limit = model.config.max_position_embeddings
+    if max_context >= limit:
+        return f"; {limit} tokens are the model's maximum"
+    option = "--max-context" if max_context == settings.max_context else "--cache-tokens"
+    return f", or serve with a larger {option}; the model's maximum is {limit}"
 
 
 def cache_blocks(model: Transformer, settings: EngineSettings) -> int:

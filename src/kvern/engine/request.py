@@ -30,7 +30,8 @@ class Update:
     """What one step did for one request. The last update of a request, and only that, has `finish`.
 
     tokens: the new ids, a stop id included as the last. cached_tokens (prompt tokens found in the prefix cache) and
-    prompt_logprobs (one a prompt token, None for the first) are set in the first update with a token.
+    prompt_logprobs (one a prompt token, None for the first) are set in the first update with a token, and so is
+    started: when the request first left the queue, in seconds of time.monotonic.
     """
 
     request_id: int
@@ -40,6 +41,7 @@ class Update:
     error: KvernError | None = None
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    started: float | None = None
 
 
 @dataclass(eq=False)
@@ -66,6 +68,9 @@ class Request:
 
     cached_tokens: int | None = None
     """Prompt tokens that others had computed when the request first ran."""
+
+    started: float | None = None
+    """When it first left the queue, time.monotonic."""
 
     reported: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import TokenLogprob
-from kvern.errors import BadRequestError, KvernError
+from kvern.errors import BadRequestError, KvernError, NonFiniteLogitsError
 
 Floats = NDArray[np.floating]
 Ids = NDArray[np.int64]
@@ -43,12 +43,6 @@ SPAN = 512
 """Probabilities that are summed before the cumulative sum, which then runs within one span only."""
 
 MASK = (1 << 64) - 1
-
-
-class NonFiniteLogitsError(KvernError):
-    """The model computed NaN or infinity for a request: broken weights, or numbers that overflowed."""
-
-    code = "non_finite_logits"
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """Decides what the next step computes. There are no phases: every request is "tokens still to compute".
 
-Each step has a budget of tokens. Requests with a single token left (those that decode) go first, so that a long prompt
-never holds up an answer; the rest of the budget goes to the others in order of priority and arrival, a chunk each.
-A waiting request enters when blocks for all its tokens are free. When blocks run out, the request that is last in order
-gives all of its blocks back and waits again; what it had computed stays in the prefix cache until it is overwritten.
-The first in order is never preempted, so it advances in every step, and so does everybody in turn.
+Each step has a budget of tokens. Running requests with a single token left (those that decode) go first, so that a long
+prompt never holds up an answer; the rest of the budget goes to all others, running and waiting alike, in order of
+priority and arrival, a chunk each. A waiting request enters when blocks for all its tokens are free, or those of worse
+priority can free them, and nobody behind it enters before; only where another is just computing its prefix does it let
+them pass, until it finds that prefix in the cache. When blocks run out, the request that is last in order gives all of
+its blocks back and waits again; what it had computed stays in the prefix cache until it is overwritten. The first in
+order is never preempted, so it advances in every step, and so does everybody in turn.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvern.engine.block_manager import BlockManager
@@ -48,18 +52,18 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, blocks allocated; empty when there is nothing to do."""
         chunks: dict[int, Chunk] = {}
-        budget = self.step_tokens
-        for request in sorted(self.running, key=lambda one: (one.pending > 1, one.order)):
-            count = min(request.pending, budget)
-            if count and request in self.running and self._grow(request, count, chunks):
-                chunks[request.id] = Chunk(request, count)
-            budget = self.step_tokens - sum(chunk.count for chunk in chunks.values())
-        while budget and self.waiting and self._make_room(self.waiting[0], chunks):
-            request = self.waiting.pop(0)
-            insort(self.running, request, key=lambda one: one.order)
-            chunks[request.id] = Chunk(request, min(request.pending, budget))
-            self._grow(request, chunks[request.id].count, chunks)
-            budget = self.step_tokens - sum(chunk.count for chunk in chunks.values())
+        for request in [one for one in self.running if one.pending == 1]:
+            self._advance(request, chunks)
+        others = [one for one in self.running if one.pending > 1] + self.waiting
+        full = False
+        for request in sorted(others, key=lambda one: one.order):
+            if not self._budget(chunks):
+                break
+            if request not in self.running:
+                if full or self._is_being_computed(request):
+                    continue
+                full = not self._enter(request, chunks)
+            self._advance(request, chunks)
         return list(chunks.values())
 
     def computed(self, chunk: Chunk) -> None:
@@ -71,29 +75,57 @@ class Scheduler:
         for index in range(before, full):
             self.blocks.seal(request.blocks[index], hashes[index])
 
-    def _make_room(self, request: Request, chunks: dict[int, Chunk]) -> bool:
-        """Give a waiting request its cached prefix, if all its tokens fit then and it may run; else change nothing."""
-        while len(self.running) >= self.max_running or not self._enter(request):
-            victim = self.running[-1] if self.running else None
-            if victim is None or victim.priority <= request.priority:
-                return False
-            self._preempt(victim, chunks)
-        return True
+    def _budget(self, chunks: dict[int, Chunk]) -> int:
+        return self.step_tokens - sum(chunk.count for chunk in chunks.values())
 
-    def _enter(self, request: Request) -> bool:
-        size = self.blocks.block_size
+    def _advance(self, request: Request, chunks: dict[int, Chunk]) -> None:
+        """Give a running request the chunk that budget and blocks allow."""
+        count = min(request.pending, self._budget(chunks))
+        if count and request in self.running and self._grow(request, count, chunks):
+            chunks[request.id] = Chunk(request, count)
+
+    def _prefix(self, request: Request) -> list[bytes]:
+        """Hashes of the blocks that it may share: one token at least it must compute itself, for the logits."""
+        if request.params.prompt_logprobs or not self.blocks.prefix_caching:
+            return []
         hashes = self.blocks.hashes(request.tokens, request.salt, request.block_hashes)
-        usable = (len(request.tokens) - 1) // size  # one token at least must be computed, for its logits
-        cached = [] if request.params.prompt_logprobs else self.blocks.match(hashes[:usable])
-        self.blocks.acquire(cached)
-        if -(-len(request.tokens) // size) - len(cached) > self.blocks.free_blocks:
-            self.blocks.release(cached)
+        return hashes[: (len(request.tokens) - 1) // self.blocks.block_size]
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Whether a running request of better order has yet to compute the next block that `request` could share."""
+        prefix, size = self._prefix(request), self.blocks.block_size
+        at = len(self.blocks.match(prefix))
+        return any(
+            one.block_hashes[at : at + 1] == prefix[at : at + 1] and one.computed < (at + 1) * size
+            for one in self.running
+            if at < len(prefix) and one.order < request.order
+        )
+
+    def _enter(self, request: Request, chunks: dict[int, Chunk]) -> bool:
+        """Let a waiting request run, with its cached prefix, if all its tokens fit then; else change nothing."""
+        cached = self.blocks.match(self._prefix(request))
+        if not self._make_room(request, cached, chunks):
             return False
-        request.blocks, request.computed = cached, len(cached) * size
+        self.waiting.remove(request)
+        insort(self.running, request, key=lambda one: one.order)
+        request.blocks, request.computed = cached, len(cached) * self.blocks.block_size
         self.prefix_queries += len(request.tokens)
         self.prefix_hits += request.computed
-        if request.cached_tokens is None:
-            request.cached_tokens = request.computed
+        if request.started is None:
+            request.started, request.cached_tokens = time.monotonic(), request.computed
+        return True
+
+    def _make_room(self, request: Request, cached: Sequence[int], chunks: dict[int, Chunk]) -> bool:
+        """Own `cached`, and have blocks and a place for the rest: from those of worse priority, if that suffices."""
+        needed = -(-len(request.tokens) // self.blocks.block_size) - len(cached)
+        worse = [one for one in self.running if one.priority > request.priority]
+        self.blocks.acquire(cached)
+        most = self.blocks.free_blocks + self.blocks.freed_by(one.blocks for one in worse)
+        if needed > most or len(self.running) - len(worse) >= self.max_running:
+            self.blocks.release(cached)
+            return False
+        while needed > self.blocks.free_blocks or len(self.running) >= self.max_running:
+            self._preempt(self.running[-1], chunks)
         return True
 
     def _grow(self, request: Request, count: int, chunks: dict[int, Chunk]) -> bool:

@@ -61,7 +61,8 @@ class LLM(TextSide):
         if max_context is not None:
             chosen = replace(chosen, max_context=max_context)
         self.engine = engine or Engine(_load(folder, dtype), settings=chosen)
-        self.max_context, self.vocab_size = self.engine.max_context, self.engine.vocab_size
+        self.max_context, self.longer_context = self.engine.max_context, self.engine.longer_context
+        self.vocab_size = self.engine.vocab_size
         self._driver = _Driver(self.engine)
 
     @overload

@@ -31,10 +31,12 @@ class Prepared:
 class TextSide:
     """A checkpoint's text files: tokenizer, chat template, FIM tokens, recommended sampling.
 
-    Whoever inherits sets `max_context` (prompt and answer together, in tokens) and `vocab_size` (of the model).
+    Whoever inherits sets `max_context` (prompt and answer together, in tokens), `longer_context` (what a hint says
+    after "shorten the prompt") and `vocab_size` (of the model).
     """
 
     max_context: int
+    longer_context: str
     vocab_size: int
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -95,7 +97,7 @@ class TextSide:
             raise BadRequestError(
                 f"the prompt has {len(prompt)} tokens, and the context holds {self.max_context} with the answer",
                 param=param,
-                hint=f"shorten the {param}, or serve with a larger --max-context",
+                hint=f"shorten the {param}{self.longer_context}",
             )
         for name in ("max_tokens", "min_tokens"):
             if (asked := getattr(options, name) or 0) > room:
