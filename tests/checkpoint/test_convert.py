@@ -193,7 +193,7 @@ def test_a_destination_in_the_source_is_refused(tiny_bf16: Path, copied: Callabl
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "int4"}, "'int4' is not one of fp8, bf16, f32"),
+        ({"dtype": "int8"}, "'int8' is not one of fp8, bf16, f32, int4"),
         ({"dtype": "bf16", "head_fp8": True}, "head_fp8 needs dtype fp8"),
         ({"ue8m0": True}, "ue8m0 needs dtype fp8"),
     ],

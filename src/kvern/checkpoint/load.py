@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from kvern.checkpoint.header import TensorSpec
-from kvern.checkpoint.quantize import FP8, SCALE_SUFFIX, dequantize, scale_shape
+from kvern.checkpoint.int4 import INT4_PARTS, INT4_WEIGHT, dequantize_int4, int4_layout
+from kvern.checkpoint.quantize import FP8, dequantize, fp8_scale_name, scale_shape
 from kvern.checkpoint.reader import CheckpointReader
-from kvern.config import ModelConfig
+from kvern.config import Int4Config, ModelConfig
 from kvern.errors import CheckpointError
 from kvern.model.linear import Linear
 from kvern.model.transformer import Transformer
 
+WEIGHT_PARTS = ("weight", "weight_scale_inv", *INT4_PARTS)
 FLOATS = (torch.bfloat16, torch.float32)
 DERIVED = ".rotary_emb.inv_freq"
 """Some files of the family carry RoPE frequencies; the model computes them from config.json."""
@@ -70,15 +72,15 @@ class _Loader:
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype | None) -> None:
         self.reader = reader
         self.dtype = dtype
-        self.quantized = reader.config.quantization_config is not None
+        self.quantization = reader.config.quantization_config
         self.missing: list[str] = []
         self.used: set[str] = set()
 
     def fill(self, prefix: str, module: nn.Module) -> None:
         by_hand: tuple[str, ...] = ()
         if isinstance(module, Linear):
-            self._fill_weight(prefix + "weight", module)
-            by_hand = ("weight", "weight_scale_inv")
+            self._fill_linear(prefix, module)
+            by_hand = WEIGHT_PARTS
         for key, parameter in module.named_parameters(recurse=False):
             if key not in by_hand and (spec := self._find(prefix + key)) is not None:
                 _check_float(spec, parameter)
@@ -116,28 +118,51 @@ class _Loader:
         self.used.add(name)
         return self.reader.spec(name)
 
-    def _fill_weight(self, name: str, module: Linear) -> None:
-        """A Linear is stored as the file says: FP8 with its scales, or a float without."""
-        spec = self._find(name)
-        if spec is None:
-            return
-        _check_shape(spec, module.weight)
+    def _fill_linear(self, prefix: str, module: Linear) -> None:
+        """A Linear is stored as the file says: 4-bit groups, FP8 with its scales, or a float without."""
+        expected_int4 = module.weight_packed is not None and prefix + "weight" not in self.reader
+        if prefix + INT4_WEIGHT in self.reader or expected_int4:
+            self._fill_int4(prefix, module)
+        elif (spec := self._find(prefix + "weight")) is not None:
+            self._fill_weight(spec, module)
+
+    def _fill_weight(self, spec: TensorSpec, module: Linear) -> None:
+        _check_shape(spec, (module.outputs, module.inputs))
         scale = self._scale(spec)
-        weight = self.reader.tensor(name)
+        weight = self.reader.tensor(spec.name)
         if self.dtype is not None:
             weight, scale = weight.to(self.dtype) if scale is None else dequantize(weight, scale, self.dtype), None
-        module.weight = _parameter(weight)
-        module.weight_scale_inv = None if scale is None else _parameter(scale)
+        module.hold(weight, scale)
+
+    def _fill_int4(self, prefix: str, module: Linear) -> None:
+        packed, scale, shape = (self._find(prefix + name) for name in INT4_PARTS)
+        if packed is None or scale is None or shape is None:
+            return
+        if not isinstance(self.quantization, Int4Config):
+            raise _refused(packed, "weight is 4-bit, but config.json has no quantization_config for that")
+        size, group = (module.outputs, module.inputs), self.quantization.group_size
+        if module.inputs % group:
+            raise _refused(packed, f"{module.inputs} inputs are no multiple of the group size {group}")
+        for spec, (dtype, expected) in zip((packed, scale, shape), int4_layout(size, group), strict=True):
+            if (spec.dtype, spec.shape) != (dtype, expected):
+                raise _refused(spec, f"expected {dtype} {list(expected)}, found {spec.dtype} {list(spec.shape)}")
+        tensors = self.reader.tensor(packed.name), self.reader.tensor(scale.name), self.reader.tensor(shape.name)
+        if tensors[2].tolist() != list(size):
+            raise _refused(shape, f"says {tensors[2].tolist()}, config.json implies {list(size)}")
+        if self.dtype is None:
+            module.hold_int4(*tensors)
+        else:
+            module.hold(dequantize_int4(tensors[0], tensors[1], self.dtype))
 
     def _scale(self, weight: TensorSpec) -> torch.Tensor | None:
-        name = weight.name + SCALE_SUFFIX
+        name = fp8_scale_name(self.reader, weight.name)
         if weight.dtype is not FP8:
             if weight.dtype not in FLOATS:
                 raise _refused(weight, f"a weight is stored as FP8 E4M3, bfloat16 or float32, not {weight.dtype}")
             if name in self.reader:
                 raise _refused(weight, f"{weight.dtype} weight has {name}, which only FP8 has")
             return None
-        if not self.quantized:
+        if self.quantization is None:
             raise _refused(weight, "weight is FP8, but config.json has no quantization_config")
         spec = self._find(name)
         if spec is None:
@@ -160,14 +185,14 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _check_float(spec: TensorSpec, expected: torch.Tensor) -> None:
-    _check_shape(spec, expected)
+    _check_shape(spec, tuple(expected.shape))
     if spec.dtype not in FLOATS:
         raise _refused(spec, f"stored as bfloat16 or float32 only, not {spec.dtype}")
 
 
-def _check_shape(spec: TensorSpec, expected: torch.Tensor) -> None:
-    if spec.shape != tuple(expected.shape):
-        raise _refused(spec, f"shape is {list(spec.shape)}, config.json implies {list(expected.shape)}")
+def _check_shape(spec: TensorSpec, expected: tuple[int, ...]) -> None:
+    if spec.shape != expected:
+        raise _refused(spec, f"shape is {list(spec.shape)}, config.json implies {list(expected)}")
 
 
 def _refused(spec: TensorSpec, message: str) -> CheckpointError:

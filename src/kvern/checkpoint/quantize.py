@@ -10,7 +10,7 @@ Source: DeepSeek-V3 technical report section 3.3, inference/kernel.py, and the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ from kvern.errors import CheckpointError
 
 FP8 = torch.float8_e4m3fn
 SCALE_SUFFIX = "_scale_inv"
+INT4_SCALE_SUFFIX = "_scale"
+"""The suffix of the same scales beside 4-bit weights: the name that compressed-tensors gives them."""
+
 BLOCK = 128
 SMALLEST_AMAX = 1e-30
 PART_ELEMENTS = 1 << 24
@@ -29,6 +32,12 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the scales of a weight [rows, columns]: [ceil(rows / 128), ceil(columns / 128)]."""
     rows, columns = shape
     return -(-rows // BLOCK), -(-columns // BLOCK)
+
+
+def fp8_scale_name(names: Container[str], weight: str) -> str:
+    """What the scales of the FP8 tensor `weight` are called among `names`; the official name where there are none."""
+    other = weight + INT4_SCALE_SUFFIX
+    return other if other in names else weight + SCALE_SUFFIX
 
 
 def quantize(weight: torch.Tensor, *, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,8 @@ from kvern.errors import CheckpointError
 
 CHUNK_BYTES = 64 << 20
 SHARD_BYTES = 5_000_000_000
+BESIDE_A_WEIGHT = (".weight_scale_inv", ".weight_scale", ".weight_shape")
+"""Ends of the names that go into the shard of the weight before them."""
 
 
 class Progress(Protocol):
@@ -74,11 +76,11 @@ class PlacedShard:
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: int = SHARD_BYTES) -> list[list[PlannedTensor]]:
-    """Split into shards of at most `max_bytes` (a larger tensor gets its own) in order; a weight keeps its scale."""
+    """Split into shards of at most `max_bytes` (a larger tensor gets its own) in order; a weight keeps its scales."""
     shards: list[list[PlannedTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        belongs = tensor.name.endswith("_scale_inv")
+        belongs = tensor.name.endswith(BESIDE_A_WEIGHT)
         if filled + tensor.nbytes > max_bytes and filled and not belongs:
             shards.append([])
             filled = 0

@@ -14,10 +14,11 @@ from kvern.errors import NotFoundError
 if TYPE_CHECKING:
     from kvern.checkpoint.convert import Conversion
 
-HELP = "convert a checkpoint between FP8, BF16 and F32, or import a Llama or Qwen2 model"
+HELP = "convert a checkpoint between FP8, 4-bit, BF16 and F32, or import a Llama or Qwen2 model"
 EXAMPLES = """\
 kvern convert DeepSeek-V3 DeepSeek-V3-BF16 --dtype bf16
 kvern convert Qwen2.5-Coder-7B-Instruct coder-7b --dtype fp8
+kvern convert Moonlight-16B-A3B moonlight-int4 --dtype int4 --group-size 128
 kvern convert model.Q4_K_M.gguf my-model --dtype bf16
 kvern convert coder-0.5b coder-0.5b-fp8 --dtype fp8        (a model that `kvern pull` fetched)
 """
@@ -27,8 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("source", metavar="SRC", help="folder, .gguf file, or the name of a pulled model")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; it resumes if interrupted")
-    parser.add_argument("--dtype", choices=["fp8", "bf16", "f32"], help="storage of the weights (default: as they are)")
+    parser.add_argument(
+        "--dtype", choices=["fp8", "bf16", "f32", "int4"], help="storage of the weights (default: as they are)"
+    )
     parser.add_argument("--head-fp8", action="store_true", help="the head in FP8 too (the official layout keeps BF16)")
+    parser.add_argument(
+        "--group-size", type=int, choices=[32, 128], help="columns that share a scale with int4 (default: 32)"
+    )
     parser.add_argument("--ue8m0", action="store_true", help="new scales are powers of two, as in DeepSeek-V3.1")
     parser.add_argument("--force", action="store_true", help="start again instead of resuming in DST")
 
@@ -45,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             head_fp8=args.head_fp8,
             ue8m0=args.ue8m0,
+            group_size=args.group_size,
             progress=progress,
             force=args.force,
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvern.config.checks import is_whole, positive
-from kvern.config.quantization import QuantizationConfig, quantization_json, read_quantization
+from kvern.config.quantization import Quantization, quantization_json, read_quantization
 from kvern.config.rope import RopeScaling, rope_json, take_rope
 from kvern.errors import CheckpointError, ConfigError, NotFoundError, UnsupportedModelError
 
@@ -85,7 +85,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     torch_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantization_config: QuantizationConfig | None = None
+    quantization_config: Quantization | None = None
     model_type: str = field(default="deepseek_v3")
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvern.engine.cache import PagedCache, Span
 from kvern.engine.scheduler import Chunk
@@ -29,7 +29,7 @@ class Runner:
 
     def __init__(self, model: Transformer, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
-        self._kernel_rows = native.kernel_rows(model.activation_dtype, model.lm_head.weight.dtype)
+        self._kernel_rows = native.kernel_rows(model.activation_dtype, model.lm_head.dtype)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Computed:
@@ -70,4 +70,4 @@ def hold_absorbed_weights(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, Attention) and module.kv_b_proj.weight_scale_inv is None:
             dense = module.kv_b_proj.dense(model.activation_dtype)
-            module.kv_b_proj.weight = nn.Parameter(dense, requires_grad=False)
+            module.kv_b_proj.hold(dense)

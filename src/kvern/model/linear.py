@@ -1,7 +1,7 @@
 """Linear, RMSNorm and the SwiGLU MLP: parameters as the checkpoint stores them, maths in `kvern.ops`.
 
-A weight stays in the file's dtype (float32, bfloat16, or E4M3 with one FP32 scale a 128x128 block) and is never
-converted here; the activations' dtype decides what the product is computed in.
+A weight stays in the file's form (float32, bfloat16, E4M3 with one FP32 scale a 128x128 block, or 4-bit groups with one
+BF16 scale each) and is never converted here; the activations' dtype decides what the product is computed in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvern import ops
-from kvern.config import ModelConfig
+from kvern.config import ModelConfig, QuantizationConfig
 
 FP8 = torch.float8_e4m3fn
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -22,32 +22,78 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Par
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with W [out, in]; FP8 weights carry `weight_scale_inv` [ceil(out/128), ceil(in/128)] float32."""
+    """y = x W^T + b with W [out, in], in one of three forms.
+
+    Floats: `weight`. FP8: `weight` and `weight_scale_inv` [ceil(out/128), ceil(in/128)] float32. 4-bit groups, with no
+    `weight`: `weight_packed` int32 [out, in/8] (see `ops.reference_int4`), `weight_scale` bfloat16 [out, in/group] and
+    `weight_shape` int64 [2] = (out, in).
+    """
 
     def __init__(
         self, inputs: int, outputs: int, dtype: torch.dtype, device: str, *, bias: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.weight = parameter((outputs, inputs), dtype, device)
-        self.bias = parameter((outputs,), bias, device) if bias is not None else None
+        self.inputs, self.outputs, self.device = inputs, outputs, device
+        self.weight: nn.Parameter | None = None
         self.weight_scale_inv: nn.Parameter | None = None
-        if dtype == FP8:
-            self.weight_scale_inv = parameter((-(-outputs // 128), -(-inputs // 128)), torch.float32, device)
+        self.weight_packed: nn.Parameter | None = None
+        self.weight_scale: nn.Parameter | None = None
+        self.weight_shape: nn.Parameter | None = None
+        self.bias = parameter((outputs,), bias, device) if bias is not None else None
+        self.store_as(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weight is stored in; int32 for 4-bit groups."""
+        stored = self.weight if self.weight is not None else self.weight_packed
+        assert stored is not None
+        return stored.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] -> [.., out] in x.dtype."""
-        return ops.linear(x, self.weight, self.weight_scale_inv, self.bias)
+        if self.weight is not None:
+            return ops.linear(x, self.weight, self.weight_scale_inv, self.bias)
+        assert self.weight_packed is not None
+        assert self.weight_scale is not None
+        return ops.linear_int4(x, self.weight_packed, self.weight_scale, self.bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`; a view where it is stored so."""
+        if self.weight_packed is not None:
+            assert self.weight_scale is not None
+            return ops.dequantize_int4(self.weight_packed, self.weight_scale, dtype)
+        assert self.weight is not None
         if self.weight_scale_inv is None:
             return self.weight.to(dtype)
         return ops.dequantize(self.weight, self.weight_scale_inv, dtype)
 
     def store_as(self, dtype: torch.dtype) -> None:
-        """Replace the weight by an uninitialised one of a float `dtype`, without block scales."""
-        self.weight = parameter(tuple(self.weight.shape), dtype, self.weight.device.type)
-        self.weight_scale_inv = None
+        """Replace the weight by an uninitialised one: of a float `dtype`, or of E4M3 with its scales."""
+        self.hold(torch.empty((self.outputs, self.inputs), dtype=dtype, device=self.device))
+        if dtype == FP8:
+            blocks = (-(-self.outputs // 128), -(-self.inputs // 128))
+            self.weight_scale_inv = parameter(blocks, torch.float32, self.device)
+
+    def store_int4(self, group_size: int) -> None:
+        """Replace the weight by an uninitialised one of 4-bit groups; `group_size` divides the inputs."""
+        assert self.inputs % group_size == 0
+        packed = torch.empty((self.outputs, self.inputs // 8), dtype=torch.int32, device=self.device)
+        scale = torch.empty((self.outputs, self.inputs // group_size), dtype=torch.bfloat16, device=self.device)
+        self.hold_int4(packed, scale, torch.tensor((self.outputs, self.inputs), device=self.device))
+
+    def hold(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Take this weight in floats, or in E4M3 with its block scales, in place of the one there was."""
+        self.weight, self.weight_scale_inv = _held(weight), _held(scale)
+        self.weight_packed = self.weight_scale = self.weight_shape = None
+
+    def hold_int4(self, packed: Tensor, scale: Tensor, shape: Tensor) -> None:
+        """Take this weight of 4-bit groups in place of the one there was."""
+        self.weight = self.weight_scale_inv = None
+        self.weight_packed, self.weight_scale, self.weight_shape = _held(packed), _held(scale), _held(shape)
+
+
+def _held(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
 class RMSNorm(nn.Module):
@@ -79,5 +125,5 @@ class MLP(nn.Module):
 
 
 def linear_dtype(config: ModelConfig) -> torch.dtype:
-    """The dtype in which the official layout stores a Linear of a layer."""
-    return FP8 if config.quantization_config else DTYPES[config.torch_dtype]
+    """The dtype in which a layer's Linears are built: the official layout's; those in 4 bits change form later."""
+    return FP8 if isinstance(config.quantization_config, QuantizationConfig) else DTYPES[config.torch_dtype]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvern.config import ModelConfig, QuantizationConfig
+from kvern.config import Int4Config, ModelConfig, QuantizationConfig
+from kvern.errors import UnsupportedModelError
 from kvern.model.batch import ForwardBatch
 from kvern.model.layer import DecoderLayer
 from kvern.model.linear import DTYPES, FP8, Linear, RMSNorm
@@ -66,7 +67,9 @@ class Transformer(nn.Module):
         self.activation_dtype = activation_dtype or DTYPES[config.torch_dtype]
         self.model = Decoder(config, device, mtp)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, DTYPES[config.torch_dtype], device)
-        if config.quantization_config and config.quantization_config.modules_to_not_convert:
+        if isinstance(config.quantization_config, Int4Config):
+            self._store_int4(config.quantization_config)
+        elif config.quantization_config and config.quantization_config.modules_to_not_convert:
             self._keep_unconverted(config.quantization_config)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -95,5 +98,20 @@ class Transformer(nn.Module):
     def _keep_unconverted(self, quantization: QuantizationConfig) -> None:
         """Give the Linears of `modules_to_not_convert` their unquantised storage."""
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and module.weight.dtype == FP8 and not quantization.covers(name):
+            if isinstance(module, Linear) and module.dtype == FP8 and not quantization.covers(name):
                 module.store_as(DTYPES[self.config.torch_dtype])
+
+    def _store_int4(self, quantization: Int4Config) -> None:
+        """Give every Linear the form that the configuration names: 4-bit groups, FP8 blocks, or floats as they are."""
+        for name, module in self.named_modules():
+            if not isinstance(module, Linear):
+                continue
+            if quantization.is_fp8(name):
+                module.store_as(FP8)
+            elif quantization.covers(name):
+                if module.inputs % quantization.group_size:
+                    raise UnsupportedModelError(
+                        f"{name} has {module.inputs} inputs, no multiple of the group size {quantization.group_size}",
+                        hint="such a module belongs into quantization_config.ignore",
+                    )
+                module.store_int4(quantization.group_size)

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
-from kvern.ops import native, reference
+from kvern.ops import native, reference, reference_int4
 from kvern.ops.dispatch import Op
 
 linear = Op("linear", reference.linear, native.backends("linear"))
 dequantize = Op("dequantize", reference.dequantize, native.backends("dequantize"))
 quantize_blocks = Op("quantize_blocks", reference.quantize_blocks)
+linear_int4 = Op("linear_int4", reference_int4.linear_int4)
+dequantize_int4 = Op("dequantize_int4", reference_int4.dequantize_int4)
 rms_norm = Op("rms_norm", reference.rms_norm)
 apply_rope = Op("apply_rope", reference.apply_rope)
 swiglu = Op("swiglu", reference.swiglu)
@@ -26,6 +28,8 @@ ALL = (
     linear,
     dequantize,
     quantize_blocks,
+    linear_int4,
+    dequantize_int4,
     rms_norm,
     apply_rope,
     swiglu,
