@@ -19,8 +19,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from kvern import ops
-from kvern.config import ModelConfig
+from kvern.config import Int4Config, ModelConfig, QuantizationConfig
+from kvern.model.linear import Linear
 from kvern.plan.hardware import machine
 from kvern.plan.memory import account
 
@@ -96,8 +96,11 @@ def choose(config: ModelConfig, forms: Iterable[Form] = FORMS) -> Choice:
 
 
 def stored_dtype(config: ModelConfig) -> torch.dtype:
-    """What most weights of the checkpoint are stored in."""
-    return FP8 if config.quantization_config else STORED[config.torch_dtype]
+    """What most weights of the checkpoint are stored in; int32 for 4-bit groups."""
+    quantization = config.quantization_config
+    if isinstance(quantization, Int4Config) and config.hidden_size % quantization.group_size == 0:
+        return torch.int32
+    return FP8 if isinstance(quantization, QuantizationConfig) else STORED[config.torch_dtype]
 
 
 def _distinct(config: ModelConfig, forms: Iterable[Form]) -> list[Form]:
@@ -111,7 +114,7 @@ def _measure(config: ModelConfig, form: Form, available: int) -> Measurement:
     if needed > available:
         reason = f"{needed / 2**30:.1f} GiB of weights, {available / 2**30:.1f} GiB available"
         return Measurement(form, outputs, inputs, None, None, reason)
-    one, sixteen = _times(outputs, inputs, form.weights or stored_dtype(config), form.activations)
+    one, sixteen = _times(_linears(config, outputs, inputs, form.weights), form.activations)
     return Measurement(form, outputs, inputs, one, sixteen)
 
 
@@ -123,25 +126,35 @@ def _shape(config: ModelConfig) -> tuple[int, int]:
     return min(width, max(1, NUMBERS // config.hidden_size)), config.hidden_size
 
 
+def _linears(config: ModelConfig, outputs: int, inputs: int, dtype: torch.dtype | None) -> list[Linear]:
+    """Copies of a weight in `dtype` (None: as the checkpoint stores it), more than any cache holds together."""
+    stored = dtype or stored_dtype(config)
+    plain = STORED[config.torch_dtype] if stored is torch.int32 else stored
+    linears = [Linear(inputs, outputs, plain, "cpu") for _ in range(max(1, NUMBERS // (outputs * inputs)))]
+    for linear in linears:
+        if stored is torch.int32 and isinstance(config.quantization_config, Int4Config):
+            linear.store_int4(config.quantization_config.group_size)
+        for parameter in linear.parameters():
+            parameter.fill_(0.0625 if parameter.is_floating_point() else 1)
+    return linears
+
+
 @torch.inference_mode()
-def _times(outputs: int, inputs: int, dtype: torch.dtype, activations: torch.dtype) -> tuple[float, float]:
-    """Microseconds a product for 1 and for 16 rows, each over copies of the weight that no cache holds together."""
-    count = max(1, NUMBERS // (outputs * inputs))
-    first = torch.full((outputs, inputs), 0.0625).to(dtype)
-    weights = [first.clone() for _ in range(count)]
-    scale = torch.ones(-(-outputs // 128), -(-inputs // 128)) if dtype is FP8 else None
-    one, sixteen = (_time(torch.ones(rows, inputs, dtype=activations), weights, scale) for rows in ROWS)
+def _times(linears: list[Linear], activations: torch.dtype) -> tuple[float, float]:
+    """Microseconds a product for 1 and for 16 rows."""
+    inputs = linears[0].inputs
+    one, sixteen = (_time(torch.ones(rows, inputs, dtype=activations), linears) for rows in ROWS)
     return one, sixteen
 
 
-def _time(x: Tensor, weights: list[Tensor], scale: Tensor | None) -> float:
+def _time(x: Tensor, linears: list[Linear]) -> float:
     """Median over rounds, the first (cold) one left out where there is time for more."""
     deadline = time.perf_counter() + SECONDS / len(ROWS)
     rounds: list[float] = []
     while len(rounds) <= ROUNDS and (not rounds or time.perf_counter() < deadline):
         start, done = time.perf_counter(), 0
-        for weight in weights:
-            ops.linear(x, weight, scale)
+        for linear in linears:
+            linear(x)
             done += 1
             if time.perf_counter() > deadline:
                 break

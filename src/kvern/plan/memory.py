@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvern.config import ModelConfig
+from kvern.config import Int4Config, ModelConfig
 
 BFLOAT16 = 2
 
@@ -52,37 +52,56 @@ def account(config: ModelConfig) -> Account:
     )
 
 
-def _attention_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the attention's Linears."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    shapes = [
-        (config.latent_dim, hidden),
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
-        (hidden, heads * config.v_head_dim),
+@dataclass(frozen=True)
+class _Linears:
+    """`count` Linears of a layer with one shape; `name` is the module's within the layer, of the first where many."""
+
+    name: str
+    rows: int
+    columns: int
+    count: int = 1
+
+    @property
+    def numbers(self) -> int:
+        return self.count * self.rows * self.columns
+
+
+def _attention(config: ModelConfig) -> list[_Linears]:
+    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    linears = [
+        _Linears("self_attn.kv_a_proj_with_mqa", config.latent_dim, hidden),
+        _Linears("self_attn.kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), rank),
+        _Linears("self_attn.o_proj", hidden, heads * config.v_head_dim),
     ]
     if config.q_lora_rank is None:
-        return [(heads * config.qk_head_dim, hidden), *shapes]
-    return [(config.q_lora_rank, hidden), (heads * config.qk_head_dim, config.q_lora_rank), *shapes]
+        return [_Linears("self_attn.q_proj", heads * config.qk_head_dim, hidden), *linears]
+    return [
+        _Linears("self_attn.q_a_proj", config.q_lora_rank, hidden),
+        _Linears("self_attn.q_b_proj", heads * config.qk_head_dim, config.q_lora_rank),
+        *linears,
+    ]
 
 
-def _mlp_shapes(hidden: int, width: int) -> list[tuple[int, int]]:
-    return [(width, hidden), (width, hidden), (hidden, width)]
+def _mlp(prefix: str, hidden: int, width: int, count: int = 1) -> list[_Linears]:
+    return [
+        _Linears(f"{prefix}.gate_proj", width, hidden, count),
+        _Linears(f"{prefix}.up_proj", width, hidden, count),
+        _Linears(f"{prefix}.down_proj", hidden, width, count),
+    ]
 
 
-def _linear_shapes(config: ModelConfig, layer: int) -> list[tuple[int, int, int]]:
-    """(how many, outputs, inputs) of every quantisable Linear of a layer."""
-    hidden = config.hidden_size
-    shapes = [(1, *shape) for shape in _attention_shapes(config)]
+def _linears(config: ModelConfig, layer: int) -> list[_Linears]:
+    """Every quantisable Linear of a layer."""
+    hidden, width = config.hidden_size, config.moe_intermediate_size
     if not config.is_moe(layer):
-        return shapes + [(1, *shape) for shape in _mlp_shapes(hidden, config.intermediate_size)]
-    width, shared = config.moe_intermediate_size, config.n_shared_experts or 0
-    routed = config.n_routed_experts or 0
-    shapes += [(routed, *shape) for shape in _mlp_shapes(hidden, width)]
-    return shapes + [(1, *shape) for shape in _mlp_shapes(hidden, width * shared)]
+        return _attention(config) + _mlp("mlp", hidden, config.intermediate_size)
+    routed = _mlp("mlp.experts.0", hidden, width, config.n_routed_experts or 0)
+    shared = _mlp("mlp.shared_experts", hidden, width * config.n_shared_experts) if config.n_shared_experts else []
+    return _attention(config) + routed + shared
 
 
 def _layer_linears(config: ModelConfig, layer: int) -> int:
-    return sum(count * rows * columns for count, rows, columns in _linear_shapes(config, layer))
+    return sum(linears.numbers for linears in _linears(config, layer))
 
 
 def _layer_rest(config: ModelConfig, layer: int) -> int:
@@ -108,20 +127,36 @@ def _mtp_layer(config: ModelConfig) -> int:
 
 
 def _checkpoint_bytes(config: ModelConfig) -> int:
-    """Bytes of all tensors in the official layout: FP8 Linears with FP32 scales, or all in torch_dtype."""
+    """Bytes of all tensors as config.json describes them: Linears in FP8 or 4 bits with their scales, or plain."""
     plain = BFLOAT16 if config.torch_dtype == "bfloat16" else 4
-    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    copies = 2 * config.vocab_size * config.hidden_size
-    floats = copies + config.hidden_size
-    floats += config.num_nextn_predict_layers * (copies + 2 * config.hidden_size**2 + 3 * config.hidden_size)
+    mtp = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    layers = range(config.num_hidden_layers + len(mtp))
+    embedding = config.vocab_size * config.hidden_size
+    floats = embedding + config.hidden_size
+    floats += len(mtp) * (embedding + 2 * config.hidden_size**2 + 3 * config.hidden_size)
     experts = sum(config.n_routed_experts or 0 for layer in layers if config.is_moe(layer))
     floats += sum(_layer_rest(config, layer) for layer in layers) - experts
-    linears = sum(_linear_bytes(config, layer, plain) for layer in layers)
-    return floats * plain + experts * 4 + linears
+    heads = ["lm_head", *(f"model.layers.{layer}.shared_head.head" for layer in mtp)]
+    head = _Linears("", config.vocab_size, config.hidden_size)
+    stored = sum(_stored_bytes(config, head, name, is_head=True) for name in heads)
+    for layer in layers:
+        prefix = f"model.layers.{layer}."
+        stored += sum(_stored_bytes(config, linears, prefix + linears.name) for linears in _linears(config, layer))
+    return floats * plain + experts * 4 + stored
 
 
-def _linear_bytes(config: ModelConfig, layer: int, plain: int) -> int:
-    if config.quantization_config is None:
-        return plain * _layer_linears(config, layer)
-    shapes = _linear_shapes(config, layer)
-    return sum(count * (rows * cols + 4 * -(-rows // 128) * -(-cols // 128)) for count, rows, cols in shapes)
+def _stored_bytes(config: ModelConfig, linears: _Linears, module: str, *, is_head: bool = False) -> int:
+    """Bytes of the weights and scales of Linears; the official FP8 layout keeps a head in floats."""
+    quantization = config.quantization_config
+    if isinstance(quantization, Int4Config):
+        packed, fp8 = quantization.covers(module), quantization.is_fp8(module)
+    else:
+        packed, fp8 = False, quantization is not None and not is_head and quantization.covers(module)
+    if packed:
+        assert isinstance(quantization, Int4Config)
+        groups = linears.rows * (linears.columns // quantization.group_size)
+        return linears.numbers // 2 + linears.count * (BFLOAT16 * groups + 16)
+    if fp8:
+        blocks = -(-linears.rows // 128) * -(-linears.columns // 128)
+        return linears.numbers + linears.count * 4 * blocks
+    return linears.numbers * (BFLOAT16 if config.torch_dtype == "bfloat16" else 4)
