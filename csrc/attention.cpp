@@ -1,234 +1,239 @@
-// Attention over paged latents: checks, cuts the work into (query, heads, part of the context), merges the parts.
+// Attention over paged latents: checks, cuts the work into (queries, lanes, part of the context), merges the parts.
 //
-// How a context is cut depends on its length alone, so the result of a query depends neither on the rest of the batch nor
-// on the number of threads, and a single long sequence keeps every core busy.
+// Neighbouring queries of a sequence share lanes: with 12 heads, five queries fill 60 of 64. How a context is cut depends
+// on its length alone, so the result of a query depends neither on the rest of the batch nor on the number of threads, and
+// a single long sequence keeps every core busy.
+#include "attention.h"
+
 #include <algorithm>
-#include <cfloat>
-#include <cmath>
 #include <vector>
 
+#include "attention_common.h"
 #include "kernels.h"
 #include "kvern.h"
 #include "pool.h"
-#include "scalars.h"
 
 namespace kvern {
 namespace {
 
-constexpr int64_t kPartRows = 256;          // rows in a part: about 30 microseconds for 14 heads of 256
-constexpr int64_t kParts = 32;              // at most; longer contexts get longer parts
-constexpr int64_t kPartialBytes = 8 << 20;  // partial results held at a time, unless one query needs more
+constexpr int64_t kPartRows = 256;          // rows in a part: 20 to 40 microseconds for 64 lanes of 512 + 64
+constexpr int64_t kPartialBytes = 8 << 20;  // partial results held at a time, unless one group needs more
+constexpr int64_t kMergeColumns = 64;       // merged at a time
 
 struct Problem {
-  void* out;
-  const void* q;
-  int dtype;
-  int64_t heads, dim, rank;
-  const Kernels* kernels;
-  int64_t lanes, vecs;
+  const PagedAttention& call;
+  const Kernels& kernels;
+  Form form;
   Attend common;
+
+  int64_t partial_size(int64_t vecs) const { return vecs * (call.rank + 2) * form.lanes; }
 };
 
-struct Query {
-  int64_t index, part_rows, parts;
+// Queries [first, first + count) of one sequence; the last sees `seen` rows, each before it one fewer, and all have as
+// many parts. Lane i is head i % heads of query first + i / heads.
+struct Group {
+  int64_t first, count;
   const int32_t* table;
-  int64_t seen;
-  int64_t first_part;  // of the slice
+  int64_t seen, part_rows, parts;
+  int64_t vecs;
+  int64_t q_at, partial_at, seen_at;  // in the slice
 };
 
 struct Part {
-  const Query* query;
-  int64_t vec, vecs, number;
+  int64_t group, vec, vecs, number;
 };
 
-// Queries computed together, with their scratch.
+struct Columns {
+  int64_t group, vec, begin;
+};
+
+// Groups computed together, with their scratch.
 struct Slice {
   const Problem& problem;
-  std::vector<Query> queries;
+  std::vector<Group> groups;
   std::vector<Part> parts;
-  float* packed;    // [queries, vecs, dim, lanes]
-  float* partials;  // [parts, vecs, rank + 2, lanes]
+  std::vector<Columns> columns;
+  float* packed;    // by group [vecs, q_size]
+  float* partials;  // by group [parts, vecs, rank + 2, lanes]
+  int64_t* seen;    // by group [vecs, lanes]
+  int64_t q_size, partial_size, seen_size;
+
+  explicit Slice(const Problem& the_problem) : problem(the_problem) { clear(); }
+
+  void clear() {
+    groups.clear();
+    parts.clear();
+    columns.clear();
+    q_size = partial_size = seen_size = 0;
+  }
 };
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t part_rows_of(int64_t seen) { return divide_up(seen, kPartRows * kMergeParts) * kPartRows; }
+int64_t parts_of(int64_t seen) { return divide_up(seen, part_rows_of(seen)); }
 
-float* room(std::vector<float>& memory, int64_t numbers) {
-  if (memory.size() < static_cast<size_t>(numbers)) memory.resize(static_cast<size_t>(numbers));
-  return memory.data();
+void add(Slice& slice, Group group) {
+  const Problem& problem = slice.problem;
+  const int64_t lanes = problem.form.lanes, index = static_cast<int64_t>(slice.groups.size());
+  group.vecs = divide_up(group.count * problem.call.heads, lanes);
+  group.q_at = slice.q_size;
+  group.partial_at = slice.partial_size;
+  group.seen_at = slice.seen_size;
+  slice.q_size += group.vecs * problem.form.q_size(problem.call.dim);
+  slice.partial_size += group.parts * problem.partial_size(group.vecs);
+  slice.seen_size += group.vecs * lanes;
+  const int64_t together = kAttendLanes / lanes;
+  for (int64_t vec = 0; vec < group.vecs; vec += together) {
+    const int64_t vecs = std::min(together, group.vecs - vec);
+    for (int64_t number = 0; number < group.parts; ++number) slice.parts.push_back({index, vec, vecs, number});
+  }
+  for (int64_t vec = 0; vec < group.vecs; ++vec) {
+    for (int64_t r = 0; r < problem.call.rank; r += kMergeColumns) slice.columns.push_back({index, vec, r});
+  }
+  slice.groups.push_back(group);
 }
 
-int64_t partial_size(const Problem& problem) { return problem.vecs * (problem.rank + 2) * problem.lanes; }
-
-float* packed_of(const Slice& slice, const Query& query) {
+// Lanes without a query are zeros that see what the last query sees.
+void pack(const Slice& slice, int64_t index) {
   const Problem& problem = slice.problem;
-  return slice.packed + (&query - slice.queries.data()) * problem.vecs * problem.dim * problem.lanes;
-}
-
-// q of one query as [vecs, dim, lanes] in FP32; lanes without a head are zeros.
-void pack(const Slice& slice, const Query& query) {
-  const Problem& problem = slice.problem;
-  float* to = packed_of(slice, query);
-  std::fill_n(to, problem.vecs * problem.dim * problem.lanes, 0.0f);
-  for (int64_t head = 0; head < problem.heads; ++head) {
-    float* lane = to + head / problem.lanes * problem.dim * problem.lanes + head % problem.lanes;
-    const int64_t from = (query.index * problem.heads + head) * problem.dim;
-    for (int64_t d = 0; d < problem.dim; ++d) lane[d * problem.lanes] = read_scalar(problem.q, problem.dtype, from + d);
+  const PagedAttention& call = problem.call;
+  const Group& group = slice.groups[static_cast<size_t>(index)];
+  float* q = slice.packed + group.q_at;
+  int64_t* seen = slice.seen + group.seen_at;
+  std::fill_n(q, group.vecs * problem.form.q_size(call.dim), 0.0f);
+  std::fill_n(seen, group.vecs * problem.form.lanes, group.seen);
+  for (int64_t lane = 0; lane < group.count * call.heads; ++lane) {
+    pack_lane(problem.form, call.q, call.q_dtype, (group.first * call.heads + lane) * call.dim, call.dim, q, lane);
+    seen[lane] = group.seen - (group.count - 1 - lane / call.heads);
   }
 }
 
-void attend_part(const Slice& slice, const Part& part) {
+void attend_part(const Slice& slice, int64_t index) {
   thread_local std::vector<float> memory;
   const Problem& problem = slice.problem;
-  const Query& query = *part.query;
+  const Part& part = slice.parts[static_cast<size_t>(index)];
+  const Group& group = slice.groups[static_cast<size_t>(part.group)];
   Attend task = problem.common;
-  task.q = packed_of(slice, query) + part.vec * problem.dim * problem.lanes;
+  task.q = slice.packed + group.q_at + part.vec * problem.form.q_size(task.dim);
   task.vecs = part.vecs;
-  task.table = query.table;
-  task.begin = part.number * query.part_rows;
-  task.end = std::min(task.begin + query.part_rows, query.seen);
-  task.partial = slice.partials + (query.first_part + part.number) * partial_size(problem) +
-                 part.vec * (problem.rank + 2) * problem.lanes;
-  task.scratch = room(memory, kAttendRows * (divide_up(problem.dim, kStep) * kStep + kAttendHeads));
-  problem.kernels->attend(task);
+  task.context.table = group.table;
+  task.seen = slice.seen + group.seen_at + part.vec * problem.form.lanes;
+  task.begin = part.number * group.part_rows;
+  task.end = std::min(task.begin + group.part_rows, group.seen);
+  task.partial = slice.partials + group.partial_at + part.number * problem.partial_size(group.vecs) +
+                 problem.partial_size(part.vec);
+  task.scratch = room(memory, attend_scratch(task.dim, task.rank));
+  problem.form.attend(task);
 }
 
-// out = sum_i w_i sums_i / sum_i w_i total_i with w_i = 2^(top_i - max top), for each head.
-void merge(const Slice& slice, const Query& query) {
+void merge(const Slice& slice, int64_t index) {
   const Problem& problem = slice.problem;
-  const float* parts = slice.partials + query.first_part * partial_size(problem);
-  for (int64_t head = 0; head < problem.heads; ++head) {
-    const float* sums = parts + head / problem.lanes * (problem.rank + 2) * problem.lanes + head % problem.lanes;
-    const auto number = [&](int64_t part, int64_t r) { return sums[part * partial_size(problem) + r * problem.lanes]; };
-    float top = -FLT_MAX;
-    for (int64_t part = 0; part < query.parts; ++part) top = std::max(top, number(part, problem.rank));
-    float weights[kParts];
-    float total = 0.0f;
-    for (int64_t part = 0; part < query.parts; ++part) {
-      weights[part] = std::exp2(number(part, problem.rank) - top);
-      total += weights[part] * number(part, problem.rank + 1);
-    }
-    const float share = 1.0f / total;
-    for (int64_t r = 0; r < problem.rank; ++r) {
-      float sum = 0.0f;
-      for (int64_t part = 0; part < query.parts; ++part) sum += weights[part] * number(part, r);
-      write_scalar(problem.out, problem.dtype, (query.index * problem.heads + head) * problem.rank + r, sum * share);
-    }
+  const PagedAttention& call = problem.call;
+  const Columns& columns = slice.columns[static_cast<size_t>(index)];
+  const Group& group = slice.groups[static_cast<size_t>(columns.group)];
+  const int64_t lanes = problem.form.lanes;
+  const int64_t count = std::min(kMergeColumns, call.rank - columns.begin);
+  float merged[kMergeColumns * kAttendLanes];
+  const float* parts = slice.partials + group.partial_at + problem.partial_size(columns.vec);
+  problem.kernels.merge({parts, group.parts, problem.partial_size(group.vecs), call.rank, columns.begin,
+                         columns.begin + count, merged});
+  const int64_t used = std::min(lanes, group.count * call.heads - columns.vec * lanes);
+  for (int64_t lane = 0; lane < used; ++lane) {
+    const int64_t to = (group.first * call.heads + columns.vec * lanes + lane) * call.rank + columns.begin;
+    scatter_lane(call.out, call.out_dtype, to, merged + lane, lanes, count);
   }
 }
 
-template <void (*Step)(const Slice&, const Query&)>
-void for_each_query(const Slice& slice) {
+template <void (*Step)(const Slice&, int64_t)>
+void for_each(const Slice& slice, size_t count) {
   parallel_for(
-      static_cast<int64_t>(slice.queries.size()),
-      [](const void* context, int64_t index) {
-        const Slice& mine = *static_cast<const Slice*>(context);
-        Step(mine, mine.queries[static_cast<size_t>(index)]);
-      },
-      &slice);
+      static_cast<int64_t>(count),
+      [](const void* context, int64_t index) { Step(*static_cast<const Slice*>(context), index); }, &slice);
 }
 
 void compute(Slice& slice) {
   thread_local std::vector<float> packed, partials;
-  const Problem& problem = slice.problem;
-  const int64_t group = kAttendHeads / problem.lanes;
-  int64_t parts = 0;
-  for (Query& query : slice.queries) {
-    query.first_part = parts;
-    parts += query.parts;
-    for (int64_t vec = 0; vec < problem.vecs; vec += group) {
-      const int64_t vecs = std::min(group, problem.vecs - vec);
-      for (int64_t number = 0; number < query.parts; ++number) slice.parts.push_back({&query, vec, vecs, number});
-    }
-  }
-  const auto count = static_cast<int64_t>(slice.queries.size());
-  slice.packed = room(packed, count * problem.vecs * problem.dim * problem.lanes);
-  slice.partials = room(partials, parts * partial_size(problem));
-  for_each_query<pack>(slice);
-  parallel_for(
-      static_cast<int64_t>(slice.parts.size()),
-      [](const void* context, int64_t index) {
-        const Slice& mine = *static_cast<const Slice*>(context);
-        attend_part(mine, mine.parts[static_cast<size_t>(index)]);
-      },
-      &slice);
-  for_each_query<merge>(slice);
+  thread_local std::vector<int64_t> seen;
+  slice.packed = room(packed, slice.q_size);
+  slice.partials = room(partials, slice.partial_size);
+  slice.seen = room(seen, slice.seen_size);
+  for_each<pack>(slice, slice.groups.size());
+  for_each<attend_part>(slice, slice.parts.size());
+  for_each<merge>(slice, slice.columns.size());
+  slice.clear();
 }
 
-Query query_of(int64_t index, int64_t seen, const int32_t* table) {
-  const int64_t part_rows = divide_up(seen, kPartRows * kParts) * kPartRows;
-  return {index, part_rows, divide_up(seen, part_rows), table, seen, 0};
-}
-
-struct Books {
-  const int32_t* tables;
-  int64_t table_stride;
-  const int32_t* contexts;
-  const int32_t* starts;
-  int64_t sequences, block_size;
-};
-
-bool are_sound(const Books& books, int64_t queries, int64_t row_count) {
-  if (!books.starts || (books.sequences > 0 && !books.contexts)) return false;
-  if (books.starts[0] != 0 || books.starts[books.sequences] != queries) return false;
-  for (int64_t s = 0; s < books.sequences; ++s) {
-    const int64_t count = int64_t{books.starts[s + 1]} - books.starts[s];
+bool are_sound(const PagedAttention& call) {
+  if (!call.starts || (call.sequences > 0 && !call.contexts)) return false;
+  if (call.starts[0] != 0 || call.starts[call.sequences] != call.queries) return false;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t count = int64_t{call.starts[s + 1]} - call.starts[s];
     if (count == 0) continue;
-    const int64_t blocks = divide_up(books.contexts[s], books.block_size);
-    if (count < 0 || books.contexts[s] < count || !books.tables || blocks > books.table_stride) return false;
+    const int64_t blocks = divide_up(call.contexts[s], call.block_size);
+    if (count < 0 || call.contexts[s] < count || !call.tables || blocks > call.table_stride) return false;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t block = books.tables[s * books.table_stride + b];
-      if (block < 0 || block >= row_count / books.block_size) return false;
+      const int64_t block = call.tables[s * call.table_stride + b];
+      if (block < 0 || block >= call.row_count / call.block_size) return false;
     }
   }
   return true;
 }
 
-bool is_float(int dtype) { return dtype == KVERN_F32 || dtype == KVERN_BF16; }
+bool are_sizes_sound(const PagedAttention& call) {
+  return is_float(call.out_dtype) && is_float(call.q_dtype) && is_float(call.rows_dtype) && call.queries >= 0 &&
+         call.row_count >= 0 && call.row_stride >= call.dim && call.sequences >= 0 && call.block_size >= 1 &&
+         call.heads >= 1 && call.dim >= 1 && call.rank >= 1 && call.rank <= call.dim;
+}
+
+Problem problem_of(const PagedAttention& call) {
+  const Kernels& kernels = kernels_in_use();
+  Attend common{};
+  common.dim = call.dim;
+  common.rank = call.rank;
+  common.scale = log2_scale(call.scale);
+  common.context = {call.rows, call.rows_dtype, call.row_stride, nullptr, call.block_size, nullptr, 0, call.dim, 0, 0};
+  return {call, kernels, Form(kernels, call.q_dtype, call.rows_dtype), common};
+}
+
+// The largest group from query `index` of sequence `s` on.
+Group group_of(const PagedAttention& call, int64_t s, int64_t index) {
+  const int64_t stop = call.starts[s + 1], most = std::max<int64_t>(1, kAttendLanes / call.heads);
+  const auto seen_by = [&](int64_t query) { return call.contexts[s] - (stop - 1 - query); };
+  const int64_t first_seen = seen_by(index);
+  int64_t count = 1;
+  while (count < most && index + count < stop && part_rows_of(seen_by(index + count)) == part_rows_of(first_seen) &&
+         parts_of(seen_by(index + count)) == parts_of(first_seen)) {
+    ++count;
+  }
+  const int32_t* table = call.tables + s * call.table_stride;
+  return {index, count, table, first_seen + count - 1, part_rows_of(first_seen), parts_of(first_seen), 0, 0, 0, 0};
+}
 
 }  // namespace
-}  // namespace kvern
 
-using namespace kvern;
+int paged_latent_attention(const PagedAttention& call) {
+  if (!are_sizes_sound(call) || !are_sound(call)) return KVERN_BAD_ARGUMENT;
+  if (call.queries == 0) return KVERN_OK;
+  if (!call.out || !call.q || !call.rows) return KVERN_BAD_ARGUMENT;
+  const Problem problem = problem_of(call);
+  Slice slice(problem);
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    for (int64_t index = call.starts[s]; index < call.starts[s + 1];) {
+      const Group group = group_of(call, s, index);
+      add(slice, group);
+      if (slice.partial_size * static_cast<int64_t>(sizeof(float)) > kPartialBytes) compute(slice);
+      index += group.count;
+    }
+  }
+  if (!slice.groups.empty()) compute(slice);
+  return KVERN_OK;
+}
+
+}  // namespace kvern
 
 int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t queries, const void* rows, int rows_dtype,
                                  int64_t row_count, int64_t row_stride, const int32_t* tables, int64_t table_stride,
                                  const int32_t* contexts, const int32_t* starts, int64_t sequences,
                                  int64_t block_size, int64_t heads, int64_t dim, int64_t rank, float scale) {
-  if (!is_float(dtype) || !is_float(rows_dtype) || queries < 0 || row_count < 0 || row_stride < dim || sequences < 0 ||
-      block_size < 1 || heads < 1 || dim < 1 || rank < 1 || rank > dim) {
-    return KVERN_BAD_ARGUMENT;
-  }
-  const Books books{tables, table_stride, contexts, starts, sequences, block_size};
-  if (!are_sound(books, queries, row_count)) return KVERN_BAD_ARGUMENT;
-  if (queries == 0) return KVERN_OK;
-  if (!out || !q || !rows) return KVERN_BAD_ARGUMENT;
-  const Kernels& kernels = kernels_in_use();
-  const int64_t lanes = kernels.lanes;
-  Attend common{};
-  common.dim = dim;
-  common.rank = rank;
-  common.scale = static_cast<float>(double{scale} * 1.4426950408889634);
-  common.rows = rows;
-  common.rows_dtype = rows_dtype;
-  common.row_stride = row_stride;
-  common.block_size = block_size;
-  const Problem problem{out, q, dtype, heads, dim, rank, &kernels, lanes, divide_up(heads, lanes), common};
-  const int64_t bytes = partial_size(problem) * static_cast<int64_t>(sizeof(float));
-  Slice slice{problem, {}, {}, nullptr, nullptr};
-  int64_t held = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    for (int64_t index = starts[s]; index < starts[s + 1]; ++index) {
-      const Query query = query_of(index, contexts[s] - (starts[s + 1] - 1 - index), tables + s * table_stride);
-      if (held + query.parts * bytes > kPartialBytes && !slice.queries.empty()) {
-        compute(slice);
-        slice.queries.clear();
-        slice.parts.clear();
-        held = 0;
-      }
-      held += query.parts * bytes;
-      slice.queries.push_back(query);
-    }
-  }
-  if (!slice.queries.empty()) compute(slice);
-  return KVERN_OK;
+  return kvern::paged_latent_attention({out, dtype, q, dtype, queries, rows, rows_dtype, row_count, row_stride, tables,
+                                        table_stride, contexts, starts, sequences, block_size, heads, dim, rank, scale});
 }

@@ -39,24 +39,46 @@ struct Dequantize {
 };
 
 constexpr int64_t kAttendRows = 16;   // context rows decoded at a time
-constexpr int64_t kAttendHeads = 64;  // at most so many heads share them
+constexpr int64_t kDotRows = 32;      // the same for BF16 dot products
+constexpr int64_t kAttendLanes = 64;  // at most so many lanes share them
 
-// Some heads of one query against the rows [begin, end) of its context. Heads are lanes: `lanes` of them in a register,
-// `vecs` registers. log2 of a weight is its score times `scale`.
-struct Attend {
-  const float* q;  // [vecs, dim, lanes]
-  int64_t vecs, dim, rank;
-  float scale;
-  const void* rows;  // dtype F32 or BF16, row_stride apart; row r at rows[table[r / block_size] * block_size + r % ...]
-  int rows_dtype;
-  int64_t row_stride;
+// Keys and values of a context. Row r begins at row place(r) of `data`, place(r) = r without a table, else
+// table[r / block_size] * block_size + r % block_size. The key is its first `nope` numbers and then `rope_size` numbers of
+// row r of `rope`. The values are its numbers from value_at on; value_at is nope, or 0 where the key holds the values.
+struct Context {
+  const void* data;
+  int dtype;  // F32 or BF16, of data and rope
+  int64_t stride;
   const int32_t* table;
   int64_t block_size;
+  const void* rope;
+  int64_t rope_stride;
+  int64_t nope, rope_size, value_at;
+};
+
+// Queries against the rows [begin, end) of a context. A lane is one query of one head: `lanes` of them in a register,
+// `vecs` registers (at most kAttendLanes lanes). log2 of a weight is its score times `scale`.
+struct Attend {
+  const void* q;  // [vecs, dim, lanes] in FP32; for attend_dots [vecs, ceil(dim / 2), lanes, 2] in BF16, padded with 0
+  int64_t vecs, dim, rank;  // numbers of a key and of a value
+  float scale;
+  Context context;
+  const int64_t* seen;  // [vecs, lanes]: the lane sees the rows before seen
   int64_t begin, end;
   float* partial;  // out, [vecs, rank + 2, lanes]: weighted sums of values; largest log2 weight; sum of the weights,
                    // all weights divided by the largest
-  float* scratch;  // kAttendRows * (dim padded to kStep + kAttendHeads)
+  float* scratch;  // attend_scratch(dim, rank) numbers
 };
+
+// out[r - begin] = sum_i w_i sums_i[r] / sum_i w_i total_i for r in [begin, end), w_i = 2^(top_i - max top), by lane: the
+// outcome of `parts` parts that lie `stride` numbers apart, each as in Attend::partial, of one register of lanes.
+struct Merge {
+  const float* parts;
+  int64_t count, stride, rank, begin, end;
+  float* out;  // [end - begin, lanes]
+};
+
+constexpr int64_t kMergeParts = 32;  // at most so many
 
 struct Kernels {
   const char* name;
@@ -65,6 +87,8 @@ struct Kernels {
   void (*linear[3])(const Linear&, int64_t begin, int64_t end);  // by weight dtype; output columns [begin, end)
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);  // rows [begin, end)
   void (*attend)(const Attend&);
+  void (*attend_dots)(const Attend&);  // the same for a context in BF16, with BF16 dot products; nullptr: not here
+  void (*merge)(const Merge&);
 };
 
 const Kernels& kernels_in_use();
@@ -72,5 +96,7 @@ const Kernels& kernels_in_use();
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+
+void attend_dots_avx512bf16(const Attend&);  // Attend::lanes is 16
 
 }  // namespace kvern

@@ -26,6 +26,11 @@ struct Avx2 {
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
 
+  static reg divide(reg a, reg b) { return _mm256_div_ps(a, b); }
+  static reg keep(reg limit, float at, reg a, reg b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(limit, set1(at), _CMP_GT_OQ));
+  }
+
   static float sum(reg a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));

@@ -5,8 +5,9 @@
 //   decodes_tiles                   whether E4M3 is decoded into a tile before more than kDirect rows of x use it
 //   tile_rows, tile_columns         the part of y that stays in registers in `multiply_tile`
 //   sums, head_vecs                 registers of sums, and of heads, in `attend`
-//   reg, zero, load, store, set1, add, sub, mul, fma(a, b, c) = a * b + c, sum(a), max(a, b) (b where one is a NaN)
+//   reg, zero, load, store, set1, add, sub, mul, divide, fma(a, b, c) = a * b + c, sum(a), max(a, b) (b where one is a NaN)
 //   exp2(a)                         for a <= 0, relative error under 1e-6; NaN of NaN
+//   keep(limit, at, a, b)           a in the lanes where limit > at, else b
 //   decode(const T*, reg*)          kVecs registers of FP32 from kSmall<V> stored numbers, exactly; T = float, uint16_t
 //                                   (BF16), uint8_t (E4M3)
 //   Watch, decode_watched, saw_nan  the same for E4M3 where cheaper: numbers come out divided by `Watch::factor`, and
@@ -321,7 +322,7 @@ namespace {
 
 template <class V>
 constexpr kvern::Kernels kernels(const char* name) {
-  return {name, V::width, {kDirect, kDirect, V::decodes_tiles ? V::tile_columns : kDirect}, {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>}, dequantize<V>, attend<V>};
+  return {name, V::width, {kDirect, kDirect, V::decodes_tiles ? V::tile_columns : kDirect}, {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>}, dequantize<V>, attend<V>, nullptr, merge<V>};
 }
 
 }  // namespace

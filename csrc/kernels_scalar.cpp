@@ -52,6 +52,10 @@ struct Scalar {
   static void store_bf16(uint16_t* p, const reg& a) {
     for (int i = 0; i < width; ++i) p[i] = bf16_of_float(a.lane[i]);
   }
+  static reg divide(const reg& a, const reg& b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  static reg keep(const reg& limit, float at, const reg& a, const reg& b) {
+    return each([&](int i) { return limit.lane[i] > at ? a.lane[i] : b.lane[i]; });
+  }
   static float sum(const reg& a) {
     float total = 0.0f;
     for (float lane : a.lane) total += lane;

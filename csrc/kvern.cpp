@@ -32,6 +32,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vbmi");
 }
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+const Kernels& avx512bf16_kernels() {
+  static const Kernels kernels = [] {
+    Kernels table = kAvx512Kernels;
+    table.name = "avx512bf16";
+    table.attend_dots = attend_dots_avx512bf16;
+    return table;
+  }();
+  return kernels;
+}
 #endif
 
 struct Candidate {
@@ -41,11 +53,12 @@ struct Candidate {
 
 std::vector<Candidate> candidates() {  // best first
 #if defined(KVERN_X86)
-  return {{"avx512", has_avx512() ? &kAvx512Kernels : nullptr},
+  return {{"avx512bf16", has_avx512bf16() ? &avx512bf16_kernels() : nullptr},
+          {"avx512", has_avx512() ? &kAvx512Kernels : nullptr},
           {"avx2", has_avx2() ? &kAvx2Kernels : nullptr},
           {"scalar", &kScalarKernels}};
 #else
-  return {{"avx512", nullptr}, {"avx2", nullptr}, {"scalar", &kScalarKernels}};
+  return {{"avx512bf16", nullptr}, {"avx512", nullptr}, {"avx2", nullptr}, {"scalar", &kScalarKernels}};
 #endif
 }
 

@@ -17,14 +17,14 @@
 extern "C" {
 #endif
 
-#define KVERN_ABI 2
+#define KVERN_ABI 3
 
 enum { KVERN_F32 = 0, KVERN_BF16 = 1, KVERN_F8_E4M3 = 2 };                 /* dtypes; E4M3 is the "fn" form: no infinities */
 enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };
 
 int kvern_abi(void); /* KVERN_ABI of the library: a caller built for another number must not use it */
 
-/* Picks the kernels: "scalar", "avx2", "avx512", or NULL for the best that this CPU has (the state at load).
+/* Picks the kernels: "scalar", "avx2", "avx512", "avx512bf16", or NULL for the best that this CPU has (the state at load).
  * KVERN_UNSUPPORTED_ISA when this CPU or this build lacks it, KVERN_BAD_ARGUMENT for an unknown name. */
 int kvern_select_isa(const char* name);
 const char* kvern_isa(void);
@@ -62,6 +62,16 @@ int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t qu
                                  int64_t row_count, int64_t row_stride, const int32_t* tables, int64_t table_stride,
                                  const int32_t* contexts, const int32_t* starts, int64_t sequences,
                                  int64_t block_size, int64_t heads, int64_t dim, int64_t rank, float scale);
+
+/* Causal attention over keys and values rebuilt from the latents (MLA, expanded), softmax in FP32:
+ *   out[t, h] = sum_c p[c] * kv[c, h, nope:],   p = softmax over c <= context - tokens + t of q[t, h] . k[c, h] * scale,
+ *   k[c, h] = (kv[c, h, :nope], rope[c])
+ *   out   [tokens, heads, value] dense      q  [tokens, heads, nope + rope_size] dense
+ *   kv    [context, heads, nope + value] dense    rope  [context, rope_size], rows rope_stride apart
+ * All of dtype (F32 or BF16). 0 <= tokens <= context; nope, rope_size >= 0; value >= 1. */
+int kvern_expanded_attention(void* out, const void* q, const void* kv, const void* rope, int64_t rope_stride, int dtype,
+                             int64_t tokens, int64_t context, int64_t heads, int64_t nope, int64_t rope_size,
+                             int64_t value, float scale);
 
 /* Reads `bytes` bytes once with all threads and returns the sum of their 64-bit words (a rest under 8 is left out):
  * the read bandwidth that a kernel can hope for. */

@@ -135,7 +135,7 @@ void check_attention(Random& random, const Attention& one) {
         }
         for (int64_t r = 0; r < one.rank; ++r) {
           const auto at = static_cast<size_t>(r);
-          const double rounding = one.dtype == KVERN_BF16 ? 500.0 : 1.0;
+          const double rounding = one.dtype == KVERN_BF16 ? 1000.0 : 1.0;  // of the output, and of the weights
           close(read_scalar(out.data(), one.dtype, (query * one.heads + head) * one.rank + r), sums[at] / total,
                 rounding * bounds[at] / total, "attention");
         }
@@ -144,6 +144,47 @@ void check_attention(Random& random, const Attention& one) {
   }
   tables[0] = static_cast<int32_t>(row_count / one.block_size);
   require(call() == KVERN_BAD_ARGUMENT, "a block outside the cache");
+}
+
+struct Expanded {
+  int dtype;
+  int64_t tokens, context, heads, nope, rope, value;
+};
+
+void check_expanded(Random& random, const Expanded& one) {
+  const int64_t size = one.nope + one.rope, row = one.nope + one.value;
+  const auto q = random.stored(one.tokens * one.heads * size, one.dtype);
+  const auto kv = random.stored(one.context * one.heads * row, one.dtype);
+  const auto rope = random.stored(one.context * one.rope, one.dtype);
+  std::vector<uint8_t> out(static_cast<size_t>(one.tokens * one.heads * one.value) * (one.dtype == KVERN_F32 ? 4 : 2));
+  const int code = kvern_expanded_attention(out.data(), q.data(), kv.data(), rope.data(), one.rope, one.dtype, one.tokens,
+                                            one.context, one.heads, one.nope, one.rope, one.value, 0.2f);
+  require(code == KVERN_OK, "expanded attention's code");
+  for (int64_t at = 0; at < one.tokens * one.heads; ++at) {
+    const int64_t head = at % one.heads, seen = one.context - one.tokens + at / one.heads + 1;
+    std::vector<double> sums(static_cast<size_t>(one.value)), bounds(sums);
+    double total = 0;
+    for (int64_t c = 0; c < seen; ++c) {
+      const auto number = [&](int64_t i) { return read_scalar(kv.data(), one.dtype, (c * one.heads + head) * row + i); };
+      double score = 0;
+      for (int64_t d = 0; d < size; ++d) {
+        const float key = d < one.nope ? number(d) : read_scalar(rope.data(), one.dtype, c * one.rope + d - one.nope);
+        score += double{read_scalar(q.data(), one.dtype, at * size + d)} * key;
+      }
+      const double weight = std::exp(score * 0.2);
+      total += weight;
+      for (int64_t r = 0; r < one.value; ++r) {
+        sums[static_cast<size_t>(r)] += weight * number(one.nope + r);
+        bounds[static_cast<size_t>(r)] += weight * std::abs(number(one.nope + r));
+      }
+    }
+    for (int64_t r = 0; r < one.value; ++r) {
+      const auto i = static_cast<size_t>(r);
+      const double rounding = one.dtype == KVERN_BF16 ? 1000.0 : 1.0;
+      close(read_scalar(out.data(), one.dtype, at * one.value + r), sums[i] / total, rounding * bounds[i] / total,
+            "expanded attention");
+    }
+  }
 }
 
 void check_all() {
@@ -162,13 +203,24 @@ void check_all() {
     check_attention(random, {KVERN_F32, rows_dtype, 130, 20, 20, 3, {17}, {0, 2}});
     check_attention(random, {KVERN_F32, rows_dtype, 1, 1, 1, 1, {9}, {0, 1}});
   }
-  check_attention(random, {KVERN_BF16, KVERN_BF16, 9, 64, 48, 16, {300, 5}, {0, 1, 2}});
+  for (const int64_t heads : {1, 9, 12, 70}) {
+    check_attention(random, {KVERN_BF16, KVERN_BF16, heads, 64, 48, 16, {300, 5}, {0, 1, 2}});
+    check_attention(random, {KVERN_BF16, KVERN_BF16, heads, 37, 21, 3, {31, 66}, {0, 7, 9}});
+    check_attention(random, {KVERN_BF16, KVERN_BF16, heads, 1, 1, 1, {259}, {0, 5}});
+  }
+  for (const int dtype : {KVERN_F32, KVERN_BF16}) {
+    check_expanded(random, {dtype, 1, 1, 1, 0, 0, 1});
+    check_expanded(random, {dtype, 70, 133, 3, 16, 8, 24});
+    check_expanded(random, {dtype, 33, 33, 2, 65, 3, 71});
+    check_expanded(random, {dtype, 5, 100, 2, 0, 7, 33});
+    check_expanded(random, {dtype, 130, 130, 1, 5, 0, 1});
+  }
 }
 
 }  // namespace
 
 int main() {
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512bf16"}) {
     if (kvern_select_isa(name) != KVERN_OK) continue;
     for (const int threads : {1, 3}) {
       require(kvern_set_threads(threads) == KVERN_OK, "threads");

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvern.errors import ConfigError
 from kvern.plan.hardware import default_threads
 
-ABI = 2
+ABI = 3
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 ISA_ERRORS = {1: "no such instruction set", 2: "this CPU, or this build, lacks it"}
 
@@ -102,6 +102,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     q_rows: list[Any] = [pointer, pointer, code, size, pointer, code, size, size]
     books: list[Any] = [pointer, size, pointer, pointer, size, size]
     lib.kvern_paged_latent_attention.argtypes = [*q_rows, *books, size, size, size, ctypes.c_float]
+    q_kv_rope: list[Any] = [pointer, pointer, pointer, pointer, size, code]
+    lib.kvern_expanded_attention.argtypes = [*q_kv_rope, size, size, size, size, size, size, ctypes.c_float]
 
 
 def is_dense(weight: Tensor) -> bool:

@@ -1,0 +1,71 @@
+// What both forms of attention share: queries packed into lanes, and merged results scattered back.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "scalars.h"
+
+namespace kvern {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool is_float(int dtype) { return dtype == KVERN_F32 || dtype == KVERN_BF16; }
+inline float log2_scale(float scale) { return static_cast<float>(double{scale} * 1.4426950408889634); }
+
+// Numbers of Attend::scratch: keys and values padded to kStep each; scores and weights.
+inline int64_t attend_scratch(int64_t dim, int64_t rank) {
+  return kDotRows * ((divide_up(dim, kStep) + divide_up(rank, kStep)) * kStep + 2 * kAttendLanes);
+}
+
+template <class T>
+T* room(std::vector<T>& memory, int64_t numbers) {
+  if (memory.size() < static_cast<size_t>(numbers)) memory.resize(static_cast<size_t>(numbers));
+  return memory.data();
+}
+
+// The kernel for these dtypes, and how it wants q.
+struct Form {
+  void (*attend)(const Attend&);
+  bool has_dots;
+  int64_t lanes;
+
+  Form(const Kernels& kernels, int q_dtype, int rows_dtype)
+      : attend(kernels.attend),
+        has_dots(kernels.attend_dots && q_dtype == KVERN_BF16 && rows_dtype == KVERN_BF16),
+        lanes(kernels.lanes) {
+    if (has_dots) attend = kernels.attend_dots;
+  }
+
+  int64_t q_size(int64_t dim) const { return (has_dots ? divide_up(dim, 2) : dim) * lanes; }  // 4-byte numbers a register
+};
+
+// Puts q[from, from + dim) into `lane` of the registers at `to` (see Attend::q), which hold zeros.
+inline void pack_lane(const Form& form, const void* q, int dtype, int64_t from, int64_t dim, float* to, int64_t lane) {
+  to += lane / form.lanes * form.q_size(dim) + lane % form.lanes;
+  if (form.has_dots) {
+    const uint16_t* numbers = static_cast<const uint16_t*>(q) + from;
+    uint16_t* pairs = reinterpret_cast<uint16_t*>(to);
+    for (int64_t d = 0; d < dim; ++d) pairs[d / 2 * 2 * form.lanes + d % 2] = numbers[d];
+  } else if (dtype == KVERN_BF16) {
+    const uint16_t* numbers = static_cast<const uint16_t*>(q) + from;
+    for (int64_t d = 0; d < dim; ++d) to[d * form.lanes] = float_of_bf16(numbers[d]);
+  } else {
+    const float* numbers = static_cast<const float*>(q) + from;
+    for (int64_t d = 0; d < dim; ++d) to[d * form.lanes] = numbers[d];
+  }
+}
+
+// out[index + r] = merged[r * lanes] for r in [0, count)
+inline void scatter_lane(void* out, int dtype, int64_t index, const float* merged, int64_t lanes, int64_t count) {
+  if (dtype == KVERN_BF16) {
+    uint16_t* to = static_cast<uint16_t*>(out) + index;
+    for (int64_t r = 0; r < count; ++r) to[r] = bf16_of_float(merged[r * lanes]);
+  } else {
+    float* to = static_cast<float*>(out) + index;
+    for (int64_t r = 0; r < count; ++r) to[r] = merged[r * lanes];
+  }
+}
+
+}  // namespace kvern
