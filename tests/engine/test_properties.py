@@ -139,14 +139,14 @@ class BreakingRunner(Runner):
         self.computed = [chunk.request for chunk in chunks]
         computed = super().run(chunks)
         for chunk, rows in zip(chunks, computed.rows, strict=True):
-            if chunk.request.generated >= self.broken.get(chunk.request.id, CONTEXT):
-                computed.logits[rows.start : rows.stop] = torch.nan
+            sound = max(0, self.broken.get(chunk.request.id, CONTEXT) - chunk.request.generated)
+            computed.logits[rows.start + sound : rows.stop] = torch.nan
         return computed
 
 
 def run(engine: Engine, jobs: Sequence[Job]) -> Outcome:
     """Let the jobs arrive and leave as they say, until nothing is left; every step's blocks are looked at."""
-    runner = BreakingRunner(engine.model, engine.cache)
+    runner = BreakingRunner(engine.model, engine.cache, mtp=engine.runner.mtp)
     runner.broken, engine.runner = {}, runner
     ids: dict[int, int] = {}
     updates: dict[int, list[Update]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """The engine: many requests share every step, token ids in, token ids out.
 
-    step = take what arrived, schedule, run, sample, update
+    step = take what arrived, schedule, draft, run, sample, update
 
 `add` and `cancel` may be called from any thread: they only check and leave a note, which the next step picks up. All
 else belongs to the one thread that calls `step`.
@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 
 from kvern.engine.block_manager import BlockManager
 from kvern.engine.cache import PagedCache
+from kvern.engine.drawing import Drawing
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import FinishReason, Request, Update
-from kvern.engine.runner import Computed, Runner, hold_absorbed_weights
+from kvern.engine.runner import Computed, Runner, hold_absorbed_weights, wants_mtp
 from kvern.engine.sampler import Row, Sampled, logprobs_of, sample
 from kvern.engine.scheduler import Chunk, Scheduler
 from kvern.engine.settings import Counts, EngineSettings, EngineStats
+from kvern.engine.speculative import speculator
 from kvern.errors import BadRequestError, BusyError, KvernError, NonFiniteLogitsError
 from kvern.model import Transformer
 from kvern.plan.hardware import machine
@@ -42,7 +44,7 @@ class Engine:
         self.longer_context = how_longer(self.max_context, model, self.settings)
         hold_absorbed_weights(model)
         self.cache = PagedCache(model.config, blocks, self.settings.block_size, model.activation_dtype)
-        self.runner = Runner(model, self.cache)
+        self.runner = Runner(model, self.cache, mtp=wants_mtp(model, self.settings))
         self._ids = itertools.count()
         self.reset()
 
@@ -56,6 +58,7 @@ class Engine:
         self._arrived: deque[Request] = deque()
         self._cancelled: deque[int] = deque()
         self._counts = Counts()
+        self.speculator = speculator(self.runner, settings)
 
     def add(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b"") -> int:
         """Queue a request and return its id; lower priorities go first, equal `salt`s share their prefixes.
@@ -91,6 +94,8 @@ class Engine:
         updates = self._take_notes()
         chunks = self.scheduler.schedule()
         if chunks:
+            if self.speculator is not None:
+                chunks = self.speculator.extend(chunks, self.scheduler, self.runner)
             updates += self._advance(chunks, self.runner.run(chunks))
             self._counts.steps += 1
         if self.settings.check_every_step:
@@ -127,7 +132,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics."""
-        scheduler, counts = self.scheduler, self._counts
+        scheduler, counts, drafts = self.scheduler, self._counts, self.speculator and self.speculator.counts
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._arrived),
@@ -140,6 +145,9 @@ class Engine:
             generated_tokens=counts.generated_tokens,
             steps=counts.steps,
             finished=dict(counts.finished),
+            drafts=drafts.drafts if drafts else 0,
+            draft_tokens=drafts.tokens if drafts else 0,
+            accepted_by_position=tuple(drafts.accepted) if drafts else (),
         )
 
     def check(self) -> None:
@@ -158,43 +166,67 @@ class Engine:
         return [self._finish(request, "cancelled") for request in dict.fromkeys(requests)]
 
     def _advance(self, chunks: Sequence[Chunk], computed: Computed) -> list[Update]:
-        """Account for the chunks, draw the next token of each request that has all its latents, report."""
-        updates = []
-        ready: list[tuple[Request, int]] = []
-        for chunk, rows in zip(chunks, computed.rows, strict=True):
-            error = self._keep_prompt_logprobs(chunk, computed, rows)
-            self.scheduler.computed(chunk)
-            if error is not None:
-                updates.append(self._finish(chunk.request, "error", error=error))
-            elif not chunk.request.pending:
-                ready.append((chunk.request, rows[-1]))
-        updates += [self._finish(request, "length") for request, _ in ready if len(request.tokens) >= request.limit]
-        drawing = [(request, row) for request, row in ready if request.id in self._live]
-        drawn = sample(computed.logits[[row for _, row in drawing]], [self._row(request) for request, _ in drawing])
-        return updates + [self._update(request, one) for (request, _), one in zip(drawing, drawn, strict=True)]
+        """Draw the next tokens of each request that has all its latents, account for the chunks, report."""
+        drawings = [self._drawing(chunk, computed, rows) for chunk, rows in zip(chunks, computed.rows, strict=True)]
+        going = [one for one in drawings if one.rows and one.finish is None]
+        while going:
+            rows = [one.rows[len(one.drawn)] for one in going]
+            drawn = sample(computed.logits[rows], [self._row(one.chunk.request) for one in going])
+            going = [one for one, token in zip(going, drawn, strict=True) if self._take(one, token)]
+        for one in drawings:
+            self.scheduler.computed(Chunk(one.chunk.request, one.count))
+        if self.speculator is not None:
+            self.speculator.learn(drawings, computed, self.runner)
+        return [update for one in drawings for update in self._updates(one)]
+
+    def _drawing(self, chunk: Chunk, computed: Computed, rows: range) -> Drawing:
+        """A chunk that was computed: rows to draw from where its request has no token left, or the end that it met."""
+        request = chunk.request
+        error = self._keep_prompt_logprobs(chunk, computed, rows)
+        if error is not None:
+            return Drawing(chunk, finish="error", error=error)
+        if chunk.count < request.pending:
+            return Drawing(chunk)
+        finish: FinishReason | None = "length" if len(request.tokens) >= request.limit else None
+        return Drawing(chunk, rows[-1 - len(chunk.drafts) :], finish)
+
+    def _take(self, one: Drawing, drawn: Sampled) -> bool:
+        """Append a token to its request; whether the next draft is that token, so that one more can be drawn."""
+        request = one.chunk.request
+        one.drawn.append(drawn)
+        if drawn.error is not None:
+            one.finish, one.error = "error", drawn.error
+            return False
+        request.tokens.append(drawn.token)
+        self._counts.generated_tokens += 1
+        if drawn.token in self._stops(request):
+            one.finish = "stop"
+        elif len(request.tokens) >= request.limit:
+            one.finish = "length"
+        return one.finish is None and one.confirmed
+
+    def _updates(self, one: Drawing) -> list[Update]:
+        """What happened to a request: nothing, tokens, its end; tokens before an error have an update of their own."""
+        request, drawn = one.chunk.request, [token for token in one.drawn if token.error is None]
+        if one.finish is None:
+            return [_report(request, drawn)] if drawn else []
+        if one.finish == "error" and drawn:
+            return [_report(request, drawn), self._finish(request, "error", error=one.error)]
+        return [self._finish(request, one.finish, drawn, one.error)]
 
     def _row(self, request: Request) -> Row:
         """What the sampler needs to know of a request."""
         return Row(request.params, request.seed, request.tokens, request.prompt_length, self._stops(request))
 
-    def _update(self, request: Request, drawn: Sampled) -> Update:
-        if drawn.error is not None:
-            return self._finish(request, "error", error=drawn.error)
-        request.tokens.append(drawn.token)
-        self._counts.generated_tokens += 1
-        if drawn.token in self._stops(request):
-            return self._finish(request, "stop", drawn)
-        if len(request.tokens) >= request.limit:
-            return self._finish(request, "length", drawn)
-        return _report(request, drawn)
-
     def _finish(
-        self, request: Request, reason: FinishReason, drawn: Sampled | None = None, error: KvernError | None = None
+        self, request: Request, reason: FinishReason, drawn: Sequence[Sampled] = (), error: KvernError | None = None
     ) -> Update:
         del self._live[request.id]
         if reason == "error":
             self.blocks.unseal(request.blocks)
         self.scheduler.remove(request)
+        if self.speculator is not None:
+            self.speculator.forget(request)
         self._counts.finished[reason] += 1
         return _report(request, drawn, reason, error)
 
@@ -218,13 +250,13 @@ class Engine:
 
 
 def _report(
-    request: Request, drawn: Sampled | None, reason: FinishReason | None = None, error: KvernError | None = None
+    request: Request, drawn: Sequence[Sampled], reason: FinishReason | None = None, error: KvernError | None = None
 ) -> Update:
     first, request.reported = not request.reported, True
     return Update(
         request_id=request.id,
-        tokens=() if drawn is None else (drawn.token,),
-        logprobs=() if drawn is None or drawn.logprob is None else (drawn.logprob,),
+        tokens=tuple(one.token for one in drawn),
+        logprobs=tuple(one.logprob for one in drawn if one.logprob is not None),
         finish=reason,
         error=error,
         cached_tokens=(request.cached_tokens or 0) if first else 0,

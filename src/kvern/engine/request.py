@@ -86,6 +86,11 @@ class Request:
         return len(self.tokens) - self.prompt_length
 
     @property
+    def decodes(self) -> bool:
+        """Whether only the token drawn last is still to compute."""
+        return self.generated > 0 and self.pending == 1
+
+    @property
     def order(self) -> tuple[int, int]:
         """Smaller runs first and is preempted last."""
         return self.priority, self.arrival

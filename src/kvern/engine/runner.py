@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kvern.engine.cache import PagedCache, Span
 from kvern.engine.scheduler import Chunk
+from kvern.engine.settings import EngineSettings
 from kvern.engine.threads import threads_for
+from kvern.errors import ConfigError
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.attention import Attention
 from kvern.ops import native
@@ -18,17 +20,22 @@ from kvern.ops import native
 
 @dataclass(frozen=True)
 class Computed:
-    """Logits [L, vocab_size] float32; for each chunk, the rows of its tokens that have logits (maybe none)."""
+    """Logits [L, vocab_size] float32; for each chunk, the rows of its tokens that have logits (maybe none).
+
+    hidden: [T, hidden] of all tokens where the MTP layer wants them; starts: where each chunk's tokens begin in them.
+    """
 
     logits: Tensor
     rows: tuple[range, ...]
+    hidden: Tensor | None = None
+    starts: tuple[int, ...] = ()
 
 
 class Runner:
-    """Owns the model's side of a step."""
+    """Owns the model's side of a step. mtp: keep the hidden states of a step for the MTP layer."""
 
-    def __init__(self, model: Transformer, cache: PagedCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Transformer, cache: PagedCache, *, mtp: bool = False) -> None:
+        self.model, self.cache, self.mtp = model, cache, mtp
         self._kernel_rows = native.kernel_rows(model.activation_dtype, model.lm_head.dtype)
 
     @torch.inference_mode()
@@ -40,29 +47,57 @@ class Runner:
         for chunk in chunks:
             request, first = chunk.request, len(tokens)
             tokens += request.tokens[request.computed : request.computed + chunk.count]
+            tokens += chunk.drafts
             before = len(wanted)
             wanted += range(len(tokens) - _logits(chunk), len(tokens))
             rows.append(range(before, len(wanted)))
-            assert len(tokens) - first == chunk.count
-        view = self.cache.step([Span(c.request.blocks, c.request.computed, c.count) for c in chunks])
-        batch = ForwardBatch(
+            assert len(tokens) - first == chunk.count + len(chunk.drafts)
+        spans = [Span(c.request.blocks, c.request.computed, c.count + len(c.drafts)) for c in chunks]
+        batch = self._batch(spans, tokens, wanted)
+        with threads_for(len(tokens), self._kernel_rows):
+            if not self.mtp:
+                return Computed(self.model(batch), tuple(rows))
+            hidden = self.model.hidden(batch)
+            logits = self.model.lm_head(hidden[batch.logits_at]).float()
+        return Computed(logits, tuple(rows), hidden, batch.query_starts)
+
+    @torch.inference_mode()
+    def predict(
+        self, hidden_TE: Tensor, spans: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The MTP layer over hidden states and the tokens after them; its latents go to the rows of `spans`.
+
+        Returns (states [T, hidden], logits [len(wanted), vocab_size] float32 of the tokens after those).
+        """
+        batch = self._batch(spans, tokens, wanted)
+        with threads_for(len(tokens), self._kernel_rows):
+            return self.model.mtp(hidden_TE, batch)
+
+    def _batch(self, spans: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]) -> ForwardBatch:
+        view = self.cache.step(spans)
+        return ForwardBatch(
             tokens=torch.tensor(tokens),
             positions=view.positions,
             query_starts=tuple(view.starts.tolist()),
             cache=view,
             logits_at=torch.tensor(wanted, dtype=torch.int64),
         )
-        with threads_for(len(tokens), self._kernel_rows):
-            logits: Tensor = self.model(batch)
-        return Computed(logits, tuple(rows))
+
+
+def wants_mtp(model: Transformer, settings: EngineSettings) -> bool:
+    """Whether the MTP layer is to draft. Raises ConfigError where it should and the model was loaded without one."""
+    there = len(model.model.layers) > model.config.num_hidden_layers
+    if settings.drafts == "mtp" and not there:
+        raise ConfigError("the model has no MTP layer to draft with", hint="use --drafts ngram, or auto")
+    return there and settings.drafts in ("auto", "mtp")
 
 
 def _logits(chunk: Chunk) -> int:
-    """How many of the chunk's last tokens need logits: the very last of a request, or all where asked for."""
+    """How many of the chunk's last tokens need logits: the last of a request and its drafts, or all where asked for."""
     request = chunk.request
     if request.params.prompt_logprobs and request.computed < request.prompt_length:
         return chunk.count
-    return int(chunk.count == request.pending)
+    return int(chunk.count == request.pending) + len(chunk.drafts)
 
 
 def hold_absorbed_weights(model: Transformer) -> None:

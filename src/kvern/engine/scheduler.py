@@ -22,10 +22,11 @@ from kvern.engine.request import Request
 
 @dataclass(frozen=True)
 class Chunk:
-    """Compute the next `count` tokens of `request`."""
+    """Compute the next `count` tokens of `request`, and behind them `drafts`, which are not its tokens yet."""
 
     request: Request
     count: int
+    drafts: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -66,14 +67,28 @@ class Scheduler:
             self._advance(request, chunks)
         return list(chunks.values())
 
+    def room(self, request: Request) -> int:
+        """Drafts for which there are blocks, behind the request's tokens, without anybody losing one."""
+        return (len(request.blocks) + self.blocks.free_blocks) * self.blocks.block_size - len(request.tokens)
+
+    def reserve(self, request: Request, drafts: int) -> None:
+        """Take blocks for so many drafts, for which there is room; `computed` gives back what was not needed."""
+        needed = -(-(len(request.tokens) + drafts) // self.blocks.block_size) - len(request.blocks)
+        fresh = self.blocks.allocate(needed)
+        assert fresh is not None, "there is no room for the drafts"
+        request.blocks += fresh
+
     def computed(self, chunk: Chunk) -> None:
-        """A chunk was computed: its full blocks can be shared from now on."""
+        """A chunk was computed, as far as its `count`: its full blocks can be shared from now on."""
         request, size = chunk.request, self.blocks.block_size
         before, request.computed = request.computed // size, request.computed + chunk.count
         full = request.computed // size
         hashes = self.blocks.hashes(request.tokens[: full * size], request.salt, request.block_hashes)
         for index in range(before, full):
             self.blocks.seal(request.blocks[index], hashes[index])
+        used = -(-request.computed // size)
+        unused, request.blocks = request.blocks[used:], request.blocks[:used]
+        self.blocks.release(unused)
 
     def _budget(self, chunks: dict[int, Chunk]) -> int:
         return self.step_tokens - sum(chunk.count for chunk in chunks.values())

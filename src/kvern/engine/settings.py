@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvern.errors import ConfigError
+
+Drafts = Literal["auto", "off", "ngram", "mtp"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,8 @@ class EngineSettings:
     """max_context: tokens of prompt and answer (None: the model's). cache_tokens: room of the cache in tokens (None: up
     to eight full contexts, within half the free memory). step_tokens: tokens computed in one step. max_running and
     max_waiting: requests that share the steps, and that queue. check_every_step: prove after each step that the blocks'
-    books balance.
+    books balance. drafts: where guessed tokens come from (auto: n-grams, and the MTP layer where the model has one);
+    draft_tokens: most of them for a request in one step.
     """
 
     max_context: int | None = None
@@ -24,9 +28,11 @@ class EngineSettings:
     max_waiting: int = 256
     prefix_caching: bool = True
     check_every_step: bool = False
+    drafts: Drafts = "off"
+    draft_tokens: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "step_tokens", "max_running", "max_waiting"):
+        for name in ("block_size", "step_tokens", "max_running", "max_waiting", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_running > self.step_tokens:
@@ -41,7 +47,10 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot. Counters count from the start; prefix_* and the *_tokens count tokens."""
+    """A snapshot. Counters count from the start; prefix_* and the *_tokens count tokens.
+
+    drafts: times that drafts of a request were verified; accepted_by_position: of the first, second, ... draft.
+    """
 
     running: int
     waiting: int
@@ -54,6 +63,14 @@ class EngineStats:
     generated_tokens: int
     steps: int
     finished: dict[str, int] = field(default_factory=dict)
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_by_position: tuple[int, ...] = ()
+
+    @property
+    def accepted_draft_tokens(self) -> int:
+        """Drafts that became tokens of an answer."""
+        return sum(self.accepted_by_position)
 
 
 @dataclass

@@ -88,12 +88,14 @@ class Transformer(nn.Module):
     def mtp(self, hidden_TE: Tensor, batch: ForwardBatch, depth: int = 0) -> tuple[Tensor, Tensor]:
         """MTP layer `depth` for hidden states of tokens i and a batch of the tokens i + 1, at the batch's positions.
 
-        Returns (states [T, hidden] to continue from, logits [T, vocab_size] float32 of the tokens i + 2).
+        Returns (states [T, hidden] to continue from, logits [L, vocab_size] float32 of the tokens i + 2, for the tokens
+        `batch.logits_at`, for all when that is None).
         """
         layer = self.model.layers[self.config.num_hidden_layers + depth]
         assert isinstance(layer, MTPLayer)
         states_TE = layer.predict(hidden_TE, self.model.rotation(batch), batch)
-        return states_TE, layer.shared_head.head(states_TE).float()
+        wanted_LE = states_TE if batch.logits_at is None else states_TE[batch.logits_at]
+        return states_TE, layer.shared_head.head(wanted_LE).float()
 
     def _keep_unconverted(self, quantization: QuantizationConfig) -> None:
         """Give the Linears of `modules_to_not_convert` their unquantised storage."""

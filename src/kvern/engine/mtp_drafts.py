@@ -1,0 +1,107 @@
+"""Drafts by the model's own MTP layer: from the hidden state of the last token, the token after next.
+
+    after a step:    MTP over (h_i, t_{i+1}) of its accepted tokens   -> latents i, state, draft 1
+    before a step:   MTP over (state, draft j)                        -> state, draft j + 1
+
+The layer's latents lie in the same blocks as the main ones, row i for token i, and are computed whenever those are:
+chunk by chunk, again after a preemption, and with a shared prefix they are there already. Rows that drafts wrote are
+written again once the drafts are verified. It gives up one row: the last of a shared prefix knows the token that
+followed it where it was computed first. That can cost a draft, never change an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvern.engine.cache import Span
+from kvern.engine.request import Request
+
+
+class Predicts(Protocol):
+    """Runs the MTP layer."""
+
+    def predict(
+        self, hidden_TE: Tensor, spans: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states and the tokens after them -> (states [T, hidden], logits [len(wanted), vocab_size])."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Tokens of a request whose main latents a step computed: the first, how many, their rows of its hidden states.
+
+    ahead: whether a draft after the last of them is wanted.
+    """
+
+    request: Request
+    blocks: Sequence[int]
+    first: int
+    count: int
+    row: int
+    ahead: bool
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The draft that continues a request of `length` tokens, and the state it came from."""
+
+    length: int
+    state_E: Tensor
+    token: int
+
+
+class MTPDrafter:
+    """Keeps the MTP layer's latents up with the main ones, and one draft for each request."""
+
+    def __init__(self) -> None:
+        self._ahead: dict[int, Ahead] = {}
+
+    def ready(self, request: Request) -> bool:
+        """Whether there is a draft for what the request is now."""
+        ahead = self._ahead.get(request.id)
+        return ahead is not None and ahead.length == len(request.tokens)
+
+    def first(self, request: Request) -> int:
+        """The first draft of a request that is ready."""
+        return self._ahead[request.id].token
+
+    def follow(self, runner: Predicts, hidden_TE: Tensor, parts: Sequence[Followed]) -> None:
+        """Run the layer over what a step computed and accepted."""
+        tokens: list[int] = []
+        rows: list[int] = []
+        wanted = []
+        for part in parts:
+            following = part.request.tokens[part.first + 1 : part.first + 1 + part.count]
+            tokens += following + part.request.tokens[-1:] * (part.count - len(following))  # ended: nothing follows
+            rows += range(part.row, part.row + part.count)
+            if part.ahead:
+                wanted.append(len(tokens) - 1)
+        spans = [Span(part.blocks, part.first, part.count) for part in parts]
+        states, logits = runner.predict(hidden_TE[rows], spans, tokens, wanted)
+        best = logits.numpy().argmax(-1).tolist() if wanted else []
+        asked = [part.request for part in parts if part.ahead]
+        for request, row, token in zip(asked, wanted, best, strict=True):
+            self._ahead[request.id] = Ahead(len(request.tokens), states[row].clone(), token)
+
+    def drafts(self, runner: Predicts, wishes: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
+        """So many drafts (1 or more) for each request, which is ready and has blocks for them."""
+        drafts = [[self.first(request)] for request, _ in wishes]
+        states = [self._ahead[request.id].state_E for request, _ in wishes]
+        for depth in range(1, max((count for _, count in wishes), default=0)):
+            going = [index for index, (_, count) in enumerate(wishes) if count > depth]
+            spans = [Span(wishes[i][0].blocks, len(wishes[i][0].tokens) + depth - 2, 1) for i in going]
+            hidden_TE = torch.stack([states[i] for i in going])
+            out_TE, logits = runner.predict(hidden_TE, spans, [drafts[i][-1] for i in going], range(len(going)))
+            for row, (index, token) in enumerate(zip(going, logits.numpy().argmax(-1).tolist(), strict=True)):
+                states[index] = out_TE[row]
+                drafts[index].append(token)
+        return [tuple(one) for one in drafts]
+
+    def forget(self, request: Request) -> None:
+        """A request ended."""
+        self._ahead.pop(request.id, None)

@@ -1,0 +1,86 @@
+"""What a step costs, relative to others, from the configuration alone: the same on every run, so drafts are too.
+
+    bytes(n) = weights every row needs + MoE layers * E (1 - (1 - k/E)^n) * an expert's weights
+    cost(n, a) = OVERHEAD + bytes(n) / BANDWIDTH + n (active parameters / MULTIPLIES + ROW)
+                 + a * layers * heads * (2 rank + rope) / ATTENTION
+
+n rows that together look at a context rows. Weights are read once for all rows, so a second row is nearly free in a
+dense model, and costs most of a step where it wakes other experts. The constants are seconds of a two-core machine
+with AVX-512 BF16; only their ratios matter. It gives up other machines' balance: one with more bandwidth a core drafts
+a little too eagerly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from kvern.config import ModelConfig
+from kvern.plan.memory import account
+
+BANDWIDTH = 33e9
+"""Bytes a second."""
+
+MULTIPLIES = 300e9
+"""Multiplications a second of a product of a few rows whose weights have been read."""
+
+ATTENTION = 90e9
+"""Multiplications a second of absorbed attention."""
+
+OVERHEAD, ROW = 1e-3, 1e-4
+"""Seconds of a step, and of each row, outside the products: calls, sampling."""
+
+
+class Cost(Protocol):
+    """Seconds, in any unit, of a step of `rows` rows that look at `attended` context rows together."""
+
+    def __call__(self, rows: int, attended: int) -> float:
+        """The cost."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The cost of a model of `config`."""
+
+    config: ModelConfig
+
+    def __call__(self, rows: int, attended: int) -> float:
+        """Seconds, roughly."""
+        idle = (1 - self._share) ** rows
+        read = (self._always + self._experts * (1 - idle)) * self._weight_bytes / BANDWIDTH
+        return OVERHEAD + read + rows * (self._active / MULTIPLIES + ROW) + attended * self._attention
+
+    @cached_property
+    def _weight_bytes(self) -> float:
+        if self.config.quantization_config is not None:
+            return 1
+        return 2 if self.config.torch_dtype == "bfloat16" else 4
+
+    @cached_property
+    def _share(self) -> float:
+        """Part of the routed experts that one row uses."""
+        config = self.config
+        return config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 0.0
+
+    @cached_property
+    def _experts(self) -> int:
+        """Parameters of all routed experts."""
+        config = self.config
+        layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+        return layers * (config.n_routed_experts or 0) * 3 * config.hidden_size * config.moe_intermediate_size
+
+    @cached_property
+    def _active(self) -> int:
+        return account(self.config).active_parameters
+
+    @cached_property
+    def _always(self) -> float:
+        """Parameters that any row needs."""
+        return self._active - self._share * self._experts
+
+    @cached_property
+    def _attention(self) -> float:
+        config = self.config
+        width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+        return config.num_hidden_layers * config.num_attention_heads * width / ATTENTION
