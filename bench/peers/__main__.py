@@ -83,7 +83,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="base")
-    parser.add_argument("--engines", type=_engines, default=DEFAULT, metavar="A,..", help=f"of {', '.join(ENGINES)}")
+    parser.add_argument(
+        "--engines", type=_engines, default=DEFAULT, metavar="A,..", help=f"of {', '.join(ENGINES)}; none: Kvern alone"
+    )
     parser.add_argument("--cases", metavar="A,..", help="by name (default: all but the long ones)")
     parser.add_argument("--full", action="store_true", help="the long cases and the AVX2 build of llama.cpp as well")
     parser.add_argument("--avx2", action="store_true", help="build llama.cpp for AVX2 as well")
@@ -113,7 +115,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _engines(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
+    names = tuple(text.split(",")) if text != "none" else ()
     unknown = set(names) - set(ENGINES)
     if unknown:
         raise argparse.ArgumentTypeError(

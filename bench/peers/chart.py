@@ -25,16 +25,14 @@ def draw(cases: Sequence[Case], peers: Sequence[str], found: Sequence[Row], titl
     figure.suptitle(title)
     rates, ratios = figure.subplots(1, 2)
     by_place = {(row.case, row.engine): row for row in found}
-    shown = [case for case in cases if any((case.name, peer) in by_place for peer in peers)]
+    shown = [case for case in cases if any(row.case == case.name for row in found)]
     _rates(rates, [case for case in shown if case.test != "memory"], peers, by_place)
     _ratios(ratios, shown, peers, by_place)
     figure.savefig(path, dpi=120)
 
 
 def _rates(panel: Axes, cases: Sequence[Case], peers: Sequence[str], by_place: dict[tuple[str, str], Row]) -> None:
-    ours = [
-        max(by_place[case.name, peer].ours or 0 for peer in peers if (case.name, peer) in by_place) for case in cases
-    ]
+    ours = [max(row.ours or 0 for (name, _), row in by_place.items() if name == case.name) for case in cases]
     columns = [("Kvern", ours)] + [(peer, [_peer(by_place, case, peer) for case in cases]) for peer in peers]
     width = 0.8 / len(columns)
     for at, (name, heights) in enumerate(columns):

@@ -19,8 +19,9 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """A case against one peer. ours, peer: tokens a second (bytes for `memory`), medians of the kept pairs.
+    """A case against one peer ("" where none runs it).
 
+    ours, peer: tokens a second (bytes for `memory`), medians of the kept pairs.
     runs: every pair, whether it was kept or dropped as disturbed. why: the reason for what is missing.
     """
 
@@ -41,7 +42,12 @@ class Row:
 
 def rows(cases: Iterable[Case], peers: Sequence[str], log: Log, read_gb_s: float) -> list[Row]:
     """A row for every case and every peer that has it. read_gb_s: what a plain read of memory gave at the start."""
-    return [_row(case, peer, log, read_gb_s) for case in cases for peer in peers if peer in case.peers]
+    return [_row(case, peer, log, read_gb_s) for case in cases for peer in _peers(case, peers)]
+
+
+def _peers(case: Case, peers: Sequence[str]) -> list[str]:
+    """The peers of a case, or one that is nobody, so that Kvern's own figure is shown all the same."""
+    return [peer for peer in peers if peer in case.peers] or [""]
 
 
 def _row(case: Case, peer: str, log: Log, read_gb_s: float) -> Row:
@@ -69,7 +75,7 @@ def _row(case: Case, peer: str, log: Log, read_gb_s: float) -> Row:
         gb_s,
         gb_s / read_gb_s if gb_s else None,
         _median(own, "runtime_bytes"),
-        None if good else _why(case, peer, log, bool(pairs)),
+        None if good or not peer else _why(case, peer, log, bool(pairs)),
     )
 
 
@@ -95,7 +101,7 @@ def table(cases: Sequence[Case], peers: Sequence[str], found: Sequence[Row]) -> 
 
 
 def _line(case: Case, peers: Sequence[str], by_place: dict[tuple[str, str], Row]) -> list[str]:
-    mine = [row for peer in peers if (row := by_place.get((case.name, peer)))]
+    mine = [row for (name, _), row in by_place.items() if name == case.name]
     own = max(mine, key=lambda row: len(row.runs), default=None)
     memory = case.test == "memory"
     cells = [case.title, _value(own.ours if own else None, memory)]

