@@ -86,4 +86,5 @@ class ScriptedEngine(Engine):
         pass
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self._running), 0, 10, 4, 30, 20, 1, 50, self.drawn, 7, dict(self.finished))
+        drafts = (4, 9, (3, 2, 0))
+        return EngineStats(len(self._running), 0, 10, 4, 30, 20, 1, 50, self.drawn, 7, dict(self.finished), *drafts)

@@ -93,6 +93,14 @@ class ServeSettings(BaseSettings):
     prefix_caching: bool = Field(
         default=True, description="keep the cache of prompts that may come again", json_schema_extra=ENGINE
     )
+    drafts: Literal["auto", "off", "ngram", "mtp"] = Field(
+        default="auto",
+        description="guess tokens and verify several at once, where it pays; answers stay the same",
+        json_schema_extra=ENGINE,
+    )
+    draft_tokens: int = Field(
+        default=16, ge=1, description="most tokens guessed for one answer in one step", json_schema_extra=ENGINE
+    )
 
 
 def load(flags: dict[str, Any], config: Path | None = None) -> ServeSettings:

@@ -97,10 +97,17 @@ def test_what_cannot_fit_is_refused_with_numbers(
 
 def test_settings_reach_the_engine() -> None:
     chosen = ServeSettings(
-        max_context=100, cache_tokens=200, step_tokens=30, max_running=8, max_waiting=5, prefix_caching=False
+        max_context=100,
+        cache_tokens=200,
+        step_tokens=30,
+        max_running=8,
+        max_waiting=5,
+        prefix_caching=False,
+        drafts="ngram",
+        draft_tokens=3,
     )
     made = engine_settings(chosen)
-    for name in ("max_context", "cache_tokens", "step_tokens", "max_running", "max_waiting", "prefix_caching"):
+    for name in chosen.model_fields_set:
         assert getattr(made, name) == getattr(chosen, name)
     with pytest.raises(ConfigError, match="max_running 64 exceeds step_tokens 16"):
         engine_settings(ServeSettings(step_tokens=16))

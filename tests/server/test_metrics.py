@@ -29,7 +29,7 @@ def read(server: Serving) -> dict[tuple[str, str], float]:
     for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
         for sample in family.samples:
             assert sample.labels["model_name"] == "tiny-v3"
-            key = sample.labels.get("finished_reason") or sample.labels.get("le") or ""
+            key = sample.labels.get("finished_reason") or sample.labels.get("le") or sample.labels.get("position") or ""
             found[sample.name, key] = sample.value
     return found
 
@@ -45,8 +45,13 @@ def test_the_engines_counters_are_told(server: Serving) -> None:
         "vllm:prompt_tokens_total": 50,
         "vllm:generation_tokens_total": 0,
         "vllm:num_preemptions_total": 1,
+        "vllm:spec_decode_num_drafts_total": 4,
+        "vllm:spec_decode_num_draft_tokens_total": 9,
+        "vllm:spec_decode_num_accepted_tokens_total": 5,
     }
     assert {name: metrics[name, ""] for name in expected} == expected
+    by_position = [metrics["vllm:spec_decode_num_accepted_tokens_per_pos_total", place] for place in ("0", "1", "2")]
+    assert by_position == [3, 2, 0]
     assert [metrics["vllm:request_success_total", reason] for reason in ("stop", "length", "abort")] == [0, 0, 0]
 
 

@@ -152,6 +152,8 @@ def engine_settings(chosen: ServeSettings) -> EngineSettings:
         max_running=chosen.max_running,
         max_waiting=chosen.max_waiting,
         prefix_caching=chosen.prefix_caching,
+        drafts=chosen.drafts,
+        draft_tokens=chosen.draft_tokens,
     )
 
 

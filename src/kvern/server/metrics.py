@@ -96,6 +96,11 @@ class _EngineCollector(Collector):
         yield self._counter("vllm:prompt_tokens", "Prompt tokens taken.", stats.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens drawn.", stats.generated_tokens)
         yield self._counter("vllm:num_preemptions", "Requests that gave up their cache.", stats.preemptions)
+        yield self._counter("vllm:spec_decode_num_drafts", "Times that drafts were verified.", stats.drafts)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
+        accepted = stats.accepted_draft_tokens
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", accepted)
+        yield self._accepted(stats)
         yield self._finished(stats)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -106,6 +111,16 @@ class _EngineCollector(Collector):
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=[LABEL])
         family.add_metric([self._model], value)
+        return family
+
+    def _accepted(self, stats: EngineStats) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were right, by their position in the draft.",
+            labels=[LABEL, "position"],
+        )
+        for position, accepted in enumerate(stats.accepted_by_position):
+            family.add_metric([self._model, str(position)], accepted)
         return family
 
     def _finished(self, stats: EngineStats) -> CounterMetricFamily:
