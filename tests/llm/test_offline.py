@@ -19,7 +19,7 @@ from kvern.text.options import SamplingOptions
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder: Path) -> LLM:
-    return LLM(tiny_folder, threads=1)
+    return LLM(tiny_folder, dtype="f32", threads=1)
 
 
 def scripted(folder: Path, text: str) -> tuple[LLM, ScriptedEngine]:
