@@ -46,8 +46,12 @@ class Inbox:
         self.deliveries: list[list[Update]] = []
         self.threads: set[str] = set()
         self.changed = threading.Condition()
+        self.faults = 0
 
     def __call__(self, updates: list[Update]) -> None:
+        if self.faults:
+            self.faults -= 1
+            raise RuntimeError("nobody takes it")
         with self.changed:
             self.threads.add(threading.current_thread().name)
             self.deliveries.append(updates)
@@ -204,6 +208,55 @@ def test_books_found_wrong_when_idle_are_a_fault_like_any_other(engine: Watched,
     inbox.wait(partial(inbox.ended, number))
     service.stop()
     assert answer(inbox, number) == alone(BASES[0][:6], PARAMS, 40)[0]
+
+
+def test_a_delivery_that_fails_is_a_fault_and_everybody_hears_of_it(
+    engine: Watched, inbox: Inbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = EngineThread(engine, inbox, first_pause=0.3)
+    last = SamplingParams(max_tokens=1)  # its only update is its end, which is lost
+    engine.pause = 0.05
+    inbox.faults = 1
+    numbers = [service.submit(base[:6], params) for base, params in zip(BASES, (ENDLESS, last, PARAMS), strict=True)]
+    inbox.wait(lambda: all(inbox.ended(number) for number in numbers))
+    assert not service.healthy
+    assert [[update.finish for update in inbox.of(number)] for number in numbers] == [["error"]] * 3
+    until(lambda: service.healthy)
+    again = service.submit(BASES[0][:6], PARAMS)
+    inbox.wait(lambda: inbox.ended(again))
+    service.stop()
+    assert answer(inbox, again) == alone(BASES[0][:6], PARAMS, 40)[0]
+    assert [record.args for record in caplog.records] == [(0.3,)]
+
+
+def test_deliveries_that_go_on_failing_never_end_the_thread_and_the_pause_doubles(
+    engine: Watched, inbox: Inbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = EngineThread(engine, inbox, first_pause=0.05)
+    for faults in (2, 1, 0):  # the second time of 2, not even the error can be told
+        inbox.faults = faults
+        service.submit(BASES[0][:6], PARAMS)
+        until(lambda: not inbox.faults and service.healthy and not engine.has_work())
+    service.stop()
+    pauses = [record.args for record in caplog.records if "restarts" in record.message]
+    assert pauses == [(0.05,), (0.1,)]
+    assert [record.args for record in caplog.records if "not be delivered" in record.message] == [(1,)]
+    assert len(inbox.deliveries[-1]) == 1
+
+
+def test_a_delivery_that_fails_while_stopping_does_not_keep_the_thread(
+    engine: Watched, inbox: Inbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = EngineThread(engine, inbox)
+    engine.pause = 0.1
+    number = service.submit(BASES[0][:4], ENDLESS)
+    inbox.wait(lambda: bool(inbox.of(number)))
+    inbox.faults = 1
+    begun = time.monotonic()
+    service.stop()
+    assert time.monotonic() - begun < 2
+    assert inbox.of(number)[-1].finish == "error"
+    assert caplog.records
 
 
 def test_stopping_lets_what_runs_end_and_takes_nothing_new(engine: Watched, inbox: Inbox) -> None:

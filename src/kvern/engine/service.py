@@ -2,8 +2,9 @@
 
     submit (any thread) -> engine.add | engine thread: step -> deliver(updates)
 
-A step that raises ends every live request with an error; the engine forgets its cache and starts again after a pause
-that doubles with each fault in a row. `stop` lets the running requests end for a while, then cancels them.
+A step or a delivery that raises ends every request with an error, those included whose end was being delivered; the
+engine forgets its cache and starts again after a pause that doubles with each fault in a row. Nothing but `stop` ends
+the thread: it lets the running requests end for a while, then cancels them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class EngineThread:
         self._stopping = threading.Event()
         self._down = threading.Event()
         self._deadline = float("inf")
+        self._undelivered: list[Update] = []
         self._gate = threading.Lock()
         """Held while a request enters, a fault clears the engine, or the stop begins: no request slips between."""
         self._thread = threading.Thread(target=self._run, name="kvern-engine", daemon=True)
@@ -78,43 +80,50 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while not (self._stopping.is_set() and self._drained()):
+        while True:
             try:
-                updates = self._work()
+                if self._stopping.is_set() and self._drained():
+                    return
+                self._work()
             except Exception:
                 self._fail()
-                continue
-            if updates:
-                self._deliver(updates)
 
-    def _work(self) -> list[Update]:
+    def _work(self) -> None:
         """One step; or, when idle, a check that every block is accounted for, and sleep until there is work."""
         if self.engine.has_work():
-            updates = self.engine.step()
+            self._hand_over(self.engine.step())
             self._pause = self._first_pause
-            return updates
+            return
         self.engine.check()
         self._wake.wait()
         self._wake.clear()
-        return []
 
     def _drained(self) -> bool:
         """Whether nothing is left; after the deadline everything is cancelled."""
         if time.monotonic() >= self._deadline:
             for request_id in self.engine.live():
                 self.engine.cancel(request_id)
-            if updates := self.engine.step_cancelled():
-                self._deliver(updates)
+            self._hand_over(self.engine.step_cancelled())
         return not self.engine.has_work()
 
+    def _hand_over(self, updates: list[Update]) -> None:
+        self._undelivered = updates
+        if updates:
+            self._deliver(updates)
+        self._undelivered = []
+
     def _fail(self) -> None:
-        log.exception("a step of the engine failed; it restarts in %.1f s", self._pause)
+        log.exception("a step of the engine or its delivery failed; it restarts in %.1f s", self._pause)
         error = EngineFaultError("the engine failed while it computed this request")
         with self._gate:
             self._down.set()
-            lost = self.engine.live()
+            lost = dict.fromkeys([*self.engine.live(), *(update.request_id for update in self._undelivered)])
             self.engine.reset()
-        self._deliver([Update(number, finish="error", error=error) for number in lost])
+        try:
+            self._hand_over([Update(number, finish="error", error=error) for number in lost])
+        except Exception:
+            log.exception("the end of %d requests could not be delivered", len(lost))
+        self._undelivered = []
         self._stopping.wait(self._pause)
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._down.clear()
