@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.scripted import ScriptedEngine
 from tests.server.serving import Serving, serving, wait_until
 
+from kvern.engine import EngineSettings, Update
 from kvern.llm import LLM
+from kvern.server.metrics import Metrics
 
 CHAT: dict[str, Any] = {"model": "tiny-v3", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 
@@ -67,6 +70,30 @@ def test_histograms_follow_requests(server: Serving) -> None:
     assert metrics["vllm:e2e_request_latency_seconds_count", ""] == 2
     assert metrics["vllm:e2e_request_latency_seconds_sum", ""] > 2 * 5 * 0.002
     assert metrics["vllm:request_success_total", "length"] == 2
+
+
+def test_the_queue_time_ends_where_the_first_step_begins(tiny_folder: Path) -> None:
+    """With one place, the second of two waits for all of the first."""
+    settings = EngineSettings(max_running=1, cache_tokens=1024)
+    with serving(lambda: LLM(tiny_folder, settings=settings)) as running:
+        httpx.post(f"{running.url}/v1/chat/completions", json={**CHAT, "n": 2, "max_tokens": 40, "ignore_eos": True})
+        metrics = read(running)
+    assert metrics["vllm:request_queue_time_seconds_count", ""] == 2
+    queued, first = (metrics[f"vllm:{name}_seconds_sum", ""] for name in ("request_queue_time", "time_to_first_token"))
+    assert 0 < queued < first
+    assert queued > 0.4 * metrics["vllm:e2e_request_latency_seconds_sum", ""] / 3
+
+
+def test_a_request_that_never_ran_has_no_queue_time() -> None:
+    metrics = Metrics()
+    for number, started in ((0, None), (1, time.monotonic() + 2)):
+        metrics.submitted(number)
+        metrics.updated(Update(number, finish="cancelled", started=started), time.monotonic() + 3)
+    lines = metrics.render().decode().splitlines()
+    (count,) = (line for line in lines if line.startswith("vllm:request_queue_time_seconds_count"))
+    (total,) = (line for line in lines if line.startswith("vllm:request_queue_time_seconds_sum"))
+    assert float(count.split()[-1]) == 1
+    assert float(total.split()[-1]) == pytest.approx(2, abs=0.1)
 
 
 def test_each_application_counts_for_itself(tiny_folder: Path, server: Serving) -> None:

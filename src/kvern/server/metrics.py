@@ -1,8 +1,7 @@
 """What /metrics tells, under vLLM's names, so that dashboards made for it work.
 
 Gauges and counters are read from the engine when somebody asks; the histograms are filled as updates pass. Each
-application has a registry of its own. `vllm:request_queue_time_seconds` is not told: the engine does not say when a
-request left the queue.
+application has a registry of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ class Metrics:
             ("vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN),
             ("vllm:inter_token_latency_seconds", "From one token to the next.", BETWEEN_TOKENS),
             ("vllm:e2e_request_latency_seconds", "From arrival to the last token.", WHOLE),
+            ("vllm:request_queue_time_seconds", "From arrival to the first step that computed it.", WHOLE),
         )
-        self._first, self._between, self._whole = (
+        self._first, self._between, self._whole, self._queue = (
             Histogram(name, help_text, [LABEL], buckets=buckets, registry=self._registry)
             for name, help_text, buckets in histograms
         )
@@ -60,6 +60,8 @@ class Metrics:
         if times is None:
             return
         arrived, last = times
+        if update.started is not None:
+            self._queue.labels(self._model).observe(max(0.0, update.started - arrived))
         if update.tokens:
             since, histogram = (arrived, self._first) if last is None else (last, self._between)
             histogram.labels(self._model).observe(now - since)
