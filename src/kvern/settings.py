@@ -75,6 +75,13 @@ class ServeSettings(BaseSettings):
         description="seconds that running answers get to end after SIGTERM",
         json_schema_extra=SERVER,
     )
+    stream_keep_alive: float = Field(
+        default=15.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds of silence after which a stream gets a comment line, for proxies that cut idle ones",
+        json_schema_extra=SERVER,
+    )
     max_running: int = Field(
         default=64, ge=1, description="requests that are computed together", json_schema_extra=ENGINE
     )

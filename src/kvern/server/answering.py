@@ -17,7 +17,7 @@ from kvern.server.generate import Answer
 from kvern.text.messages import Completion
 from kvern.wire import chat, completions
 from kvern.wire.answers import Usage
-from kvern.wire.stream import ChatStream, CompletionStream, Head, error_event
+from kvern.wire.stream import KEEP_ALIVE, ChatStream, CompletionStream, Head, error_event
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +36,23 @@ def _seeded(prepared: Prepared, choice: int) -> Prepared:
 
 
 class Pieces:
-    """The text of all choices, as lists of (index, piece); and, at the end, the usage."""
+    """The text of all choices, as lists of (index, piece); and, at the end, the usage.
 
-    def __init__(self, llm: LLM, answer: Answer, requests: Sequence[Prepared], n: int) -> None:
+    A list is empty where nothing came for `patience` seconds.
+    """
+
+    def __init__(self, llm: LLM, answer: Answer, requests: Sequence[Prepared], n: int, patience: float) -> None:
         self._answer = answer
         self._requests = requests
         self._n = n
+        self.patience = patience
         self._streams: list[TextStream | None] = [TextStream(llm.tokenizer, request) for request in requests]
         self._tokens = 0
         self._cached = 0
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """What each wake-up brings, for as long as anything runs. Raises what ended the answer early."""
-        async for updates in self._answer:
+        async for updates in self._answer.batches(self.patience):
             pieces: list[tuple[int, Piece]] = []
             for index, update in updates:
                 stream = self._streams[index]
@@ -81,9 +85,10 @@ async def whole(pieces: Pieces, requests: Sequence[Prepared]) -> list[Completion
 
 
 async def events(pieces: Pieces, stream: ChatStream | CompletionStream, choices: int) -> AsyncGenerator[bytes]:
-    """The answer as events; several that are ready together leave as one."""
+    """The answer as events; those that are ready together leave as one, and a comment where there are none for long."""
     if start := b"".join(stream.start(index) for index in range(choices)):
         yield start
+    sent = time.monotonic()
     try:
         async for batch in pieces:
             if ready := b"".join(
@@ -91,6 +96,10 @@ async def events(pieces: Pieces, stream: ChatStream | CompletionStream, choices:
                 for index, piece in batch
             ):
                 yield ready
+                sent = time.monotonic()
+            elif time.monotonic() - sent >= pieces.patience:
+                yield KEEP_ALIVE
+                sent = time.monotonic()
         yield stream.finish(pieces.usage())
     except KvernError as error:
         yield error_event(error)

@@ -189,8 +189,11 @@ class Answer:
             self._host.cancel(number)
         self._running.clear()
 
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Update]]]:
-        """All updates, as many at once as there are; raises the error that ended the answer."""
+    async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Update]]]:
+        """All updates, as many at once as there are, none after `patience` seconds without any.
+
+        Raises the error that ended the answer.
+        """
         while True:
             if self._unread:
                 waiting = list(self._unread)
@@ -200,6 +203,13 @@ class Answer:
                 raise self._error
             elif not self._running:
                 return
-            else:
-                self._arrived.clear()
-                await self._arrived.wait()
+            elif not await self._arrives(patience):
+                yield []
+
+    async def _arrives(self, patience: float) -> bool:
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(patience):
+                return await self._arrived.wait()
+        except TimeoutError:
+            return False

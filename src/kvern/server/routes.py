@@ -103,7 +103,7 @@ async def chat_completions(request: Request) -> Response:
     prepared = await asyncio.to_thread(llm.prepare_chat, body.to_messages(), body.to_options())
     requests = spread([prepared], body.n)
     answer, top = _submit(request, body, requests), head(llm, "chatcmpl")
-    pieces = Pieces(llm, answer, requests, body.n)
+    pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     if body.stream:
         stream = ChatStream(top, body.include_usage, body.logprobs)
         return EventStream(events(pieces, stream, len(requests)), answer.close)
@@ -127,7 +127,8 @@ async def completions(request: Request) -> Response:
     requests = spread(await asyncio.to_thread(prepare_completion, llm, body), body.n)
     prompts = [_echoed(llm, body, prompt) for prompt in body.prompts for _ in range(body.n)]
     answer, top = _submit(request, body, requests), head(llm, "cmpl")
-    pieces, scored = Pieces(llm, answer, requests, body.n), body.logprobs is not None
+    pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
+    scored = body.logprobs is not None
     if body.stream:
         stream = CompletionStream(top, body.include_usage, scored, tuple(prompts))
         return EventStream(events(pieces, stream, len(requests)), answer.close)

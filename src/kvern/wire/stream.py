@@ -4,7 +4,8 @@
     completions: the same without role chunks
 
 With `include_usage` every earlier chunk carries `"usage": null`, as OpenAI's do. An error in the middle becomes an
-event whose data has `error`, which clients raise; no [DONE] follows it.
+event whose data has `error`, which clients raise; no [DONE] follows it. Comments, which clients skip, may come anywhere
+before the end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from kvern.wire.completions import CompletionLogprobs
 
 Scores: TypeAlias = tuple[ScoredToken, ...]
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, sent where nothing else is."""
 
 
 def event(data: dict[str, Any]) -> bytes:
