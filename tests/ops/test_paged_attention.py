@@ -15,6 +15,8 @@ from kvern import ops
 from kvern.ops import library, native_attention, reference
 
 BF16_HALF_ULP = 2.0**-8
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+"""Of queries and rows: BF16 over BF16 has kernels of its own on avx512bf16."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,12 @@ def test_kernel_shapes(heads: int, rank: int, rope: int, rows_dtype: torch.dtype
 
 
 @has_kernels
-def test_kernel_with_bfloat16_queries() -> None:
-    check(make([1, 100, 37], [1, 1, 4], heads=14, rank=32, rope=16, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope"), [(14, 128, 128), (12, 512, 64), (128, 64, 8), (1, 1, 1), (17, 40, 6), (70, 65, 2)]
+)
+def test_kernel_with_bfloat16_queries(heads: int, rank: int, rope: int) -> None:
+    for contexts, queries in (([1], [1]), ([31, 32, 33], [1, 1, 1]), ([300, 20], [7, 2])):
+        check(make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=16, dtype=torch.bfloat16))
 
 
 @has_kernels
@@ -178,12 +184,18 @@ def test_kernel_over_a_long_context(threads: int) -> None:
 
 @has_kernels
 @settings(max_examples=30, deadline=None)
-@given(data=st.data(), heads=st.integers(1, 40), rank=st.integers(1, 80), rope=st.integers(0, 20))
-def test_any_batch(data: st.DataObject, heads: int, rank: int, rope: int) -> None:
+@given(
+    data=st.data(),
+    heads=st.integers(1, 40),
+    rank=st.integers(1, 80),
+    rope=st.integers(0, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_batch(data: st.DataObject, heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
     contexts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
-    queries = [data.draw(st.integers(0, min(context, 5))) for context in contexts]
+    queries = [data.draw(st.integers(0, min(context, 9))) for context in contexts]
     block_size = data.draw(st.sampled_from([1, 3, 16]))
-    check(make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=block_size, seed=heads))
+    check(make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=block_size, dtype=dtype, seed=heads))
 
 
 @has_kernels
@@ -200,8 +212,10 @@ def test_large_scores_do_not_overflow_and_late_maxima_take_over() -> None:
 
 
 @has_kernels
-def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
-    case = make([700, 33, 9000], [3, 1, 2], heads=14, rank=24, rope=8, block_size=16)
+@BOTH
+def test_a_query_does_not_depend_on_its_batch_or_the_threads(dtype: torch.dtype) -> None:
+    queries = [9, 1, 4]  # some share lanes; the part of the context ends at 768 and 8192
+    case = make([772, 33, 8194], queries, heads=14, rank=24, rope=8, block_size=16, dtype=dtype)
     before = library.threads()
     results = []
     for threads in (1, 2):
@@ -209,7 +223,8 @@ def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
         results.append(native_attention.paged_latent_attention(*case.arguments()))
     library.set_threads(before)
     assert torch.equal(*results)
-    for query, sequence, context in ((0, 0, 698), (2, 0, 700), (3, 1, 33), (5, 2, 9000)):
+    sees = [(0, context) for context in range(764, 773)] + [(1, 33)] + [(2, context) for context in range(8191, 8195)]
+    for query, (sequence, context) in enumerate(sees):
         alone = replace(
             case,
             q=case.q[query : query + 1],
@@ -221,14 +236,17 @@ def test_a_query_does_not_depend_on_its_batch_or_the_threads() -> None:
 
 
 @has_kernels
+@BOTH
 @pytest.mark.parametrize("column", [0, 10])
-def test_a_nan_spoils_those_who_see_it_and_nobody_else(column: int) -> None:
-    case = make([40, 40], [3, 1], heads=14)
-    case.rows[reference.paged_rows(case.tables[0], 40, case.block_size)[38], column] = float("nan")
+@pytest.mark.parametrize("row", [37, 38, 39])
+def test_a_nan_spoils_those_who_see_it_and_nobody_else(row: int, column: int, dtype: torch.dtype) -> None:
+    case = make([40, 40], [4, 1], heads=14, dtype=dtype)
+    case.rows[reference.paged_rows(case.tables[0], 40, case.block_size)[row], column] = float("nan")
     is_nan = native_attention.paged_latent_attention(*case.arguments()).isnan()
-    assert not is_nan[0].any()
-    assert is_nan[1:3].all()
-    assert not is_nan[3].any()
+    first = row - 36  # the query whose last row it is
+    assert not is_nan[:first].any()
+    assert is_nan[first:4].all()
+    assert not is_nan[4].any()
     case.q[0, 5, 0] = float("nan")
     is_nan = native_attention.paged_latent_attention(*case.arguments()).isnan()
     assert is_nan[0, 5].all()
@@ -236,8 +254,9 @@ def test_a_nan_spoils_those_who_see_it_and_nobody_else(column: int) -> None:
 
 
 @has_kernels
-def test_infinite_scores_weigh_nothing_or_spoil_the_head() -> None:
-    case = make([600], heads=2)
+@BOTH
+def test_infinite_scores_weigh_nothing_or_spoil_the_head(dtype: torch.dtype) -> None:
+    case = make([600], heads=2, dtype=dtype)
     at = reference.paged_rows(case.tables[0], 600, case.block_size)
     case.q[:] = 1.0
     case.rows[at[:300], -1] = float("-inf")  # a whole part of the context, and more

@@ -122,10 +122,7 @@ class Attention(nn.Module):
         config = self.config
         c_CR, key_CP = torch.split(context_CD, [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(c_CR).view(len(c_CR), config.num_attention_heads, -1)
-        key_CHN, value_CHV = torch.split(kv, [config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        key_CHP = key_CP[:, None].expand(-1, config.num_attention_heads, -1)
-        q, k = torch.cat([q_THN, q_THP], dim=-1), torch.cat([key_CHN, key_CHP], dim=-1)
-        return ops.causal_attention(q, k, value_CHV, config.softmax_scale)
+        return ops.expanded_attention(torch.cat([q_THN, q_THP], dim=-1), kv, key_CP, config.softmax_scale)
 
 
 def split_forms(config: ModelConfig, batch: ForwardBatch) -> tuple[Sequence[int], Sequence[int]]:

@@ -22,6 +22,7 @@ latent_attention = Op("latent_attention", reference.latent_attention)
 paged_latent_attention = Op(
     "paged_latent_attention", reference.paged_latent_attention, native.backends("paged_latent_attention")
 )
+expanded_attention = Op("expanded_attention", reference.expanded_attention, native.backends("expanded_attention"))
 causal_attention = Op("causal_attention", reference.causal_attention)
 
 ALL = (
@@ -36,6 +37,7 @@ ALL = (
     route,
     latent_attention,
     paged_latent_attention,
+    expanded_attention,
     causal_attention,
 )
 """Every op, for `kvern doctor` and for the parity tests."""

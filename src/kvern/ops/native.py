@@ -46,6 +46,7 @@ def backends(op: str) -> dict[str, Callable[..., Any]]:
         "linear": linear,
         "dequantize": dequantize,
         "paged_latent_attention": native_attention.paged_latent_attention,
+        "expanded_attention": native_attention.expanded_attention,
     }
     return {"cpu": known[op]} if library() is not None and op in known else {}
 

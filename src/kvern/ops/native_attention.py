@@ -57,6 +57,51 @@ def paged_latent_attention(
     return out
 
 
+def expanded_attention(q: Tensor, kv: Tensor, rope: Tensor, scale: float) -> Tensor:
+    """`reference.expanded_attention`, keys and values read where they lie; accuracy as `paged_latent_attention`.
+
+    A query's result depends on its rows alone, bit for bit: not on the other queries, nor on the number of threads.
+    """
+    if not _takes_expanded(q, kv, rope):
+        return reference.expanded_attention(q, kv, rope, scale)
+    q, kv = q.contiguous(), kv.contiguous()
+    rope = rope if rope.shape[1] <= 1 or rope.stride(1) == 1 else rope.contiguous()
+    tokens, heads, size = q.shape
+    nope = size - rope.shape[1]
+    value = kv.shape[2] - nope
+    out = torch.empty(tokens, heads, value, dtype=q.dtype)
+    code = loaded().kvern_expanded_attention(
+        out.data_ptr(),
+        q.data_ptr(),
+        kv.data_ptr(),
+        rope.data_ptr(),
+        rope.stride(0),
+        CODES[q.dtype],
+        tokens,
+        len(kv),
+        heads,
+        nope,
+        rope.shape[1],
+        value,
+        scale,
+    )
+    assert code == 0, "kvern_expanded_attention refused its arguments"
+    return out
+
+
+def _takes_expanded(q: Tensor, kv: Tensor, rope: Tensor) -> bool:
+    if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad or rope.requires_grad):
+        return False
+    return (
+        q.dtype in (torch.float32, torch.bfloat16)
+        and q.dtype == kv.dtype == rope.dtype
+        and (q.dim(), kv.dim(), rope.dim()) == (3, 3, 2)
+        and q.shape[1] == kv.shape[1] >= 1
+        and len(q) <= len(kv) == len(rope)
+        and 0 <= q.shape[2] - rope.shape[1] < kv.shape[2]
+    )
+
+
 def _takes_attention(q: Tensor, rows: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor) -> bool:
     if torch.is_grad_enabled() and (q.requires_grad or rows.requires_grad):
         return False

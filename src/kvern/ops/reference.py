@@ -168,6 +168,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out[0].transpose(0, 1)[..., :size]
 
 
+def expanded_attention(q: Tensor, kv: Tensor, rope: Tensor, scale: float) -> Tensor:
+    """Expanded MLA: q [T, H, N + P], kv [C, H, N + V], rope [C, P] -> [T, H, V] in their dtype, the same causal rule.
+
+    The key of head h and row c is (kv[c, h, :N], rope[c]): the rotated part is shared by all heads. Its value is
+    kv[c, h, N:].
+    """
+    shared = rope.shape[1]
+    key, value = torch.tensor_split(kv, [q.shape[2] - shared], dim=2)
+    k = torch.cat([key, rope[:, None].expand(-1, kv.shape[1], -1)], dim=2)
+    return causal_attention(q, k, value, scale)
+
+
 def _visible(tokens: int, context: int, device: torch.device) -> Tensor:
     """[T, C] bool: whether query t, the (C - T + t)-th row, sees row c."""
     rows = torch.arange(context - tokens, context, device=device)
