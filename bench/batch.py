@@ -28,18 +28,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, median
-from typing import Any
 
 import torch
+from bench.transformers_peer import Static, Work, load_qwen2
 
-from kvern.checkpoint.gguf import GGUFSource
-from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
-from kvern.checkpoint.pull import ensure_imported, pulled_path
+from kvern.checkpoint.pull import ensure_imported
 from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.engine.dtype import choose
-from kvern.errors import NotFoundError
 from kvern.ops import library
 from kvern.plan.hardware import default_threads, machine
 
@@ -54,14 +51,6 @@ IDS = 150_000
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 BARS = {"16 come and go": 0.9, "single stream": 1.0}
 WARM_BAR = 0.1
-
-
-@dataclass(frozen=True)
-class Work:
-    """One request: prompt ids, and how many tokens to generate."""
-
-    prompt: tuple[int, ...]
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -142,49 +131,6 @@ def first_token(engine: Engine, prompt: Sequence[int]) -> float:
     return time.perf_counter() - start
 
 
-class Static:
-    """transformers' Qwen2 with the same weights: whole batches, padded on the left."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @torch.inference_mode()
-    def generate(self, work: Sequence[Work]) -> list[list[int]]:
-        """The answers of one batch that lasts until the longest is complete."""
-        width = max(len(one.prompt) for one in work)
-        pads = [width - len(one.prompt) for one in work]
-        ids = torch.tensor([[0] * pad + list(one.prompt) for pad, one in zip(pads, work, strict=True)])
-        steps = max(one.tokens for one in work)
-        mask = (torch.arange(width + steps) >= torch.tensor(pads)[:, None]).long() if any(pads) else None
-        out = self._forward(ids, mask, None)
-        tokens = [out.logits[:, -1].argmax(-1)]
-        for _ in range(steps - 1):
-            out = self._forward(tokens[-1][:, None], mask, out.cache)
-            tokens.append(out.logits[:, -1].argmax(-1))
-        return [row[: one.tokens] for row, one in zip(torch.stack(tokens, 1).tolist(), work, strict=True)]
-
-    def run(self, work: Sequence[Work]) -> float:
-        """Tokens/s of one batch, counting those that were asked for."""
-        start = time.perf_counter()
-        drawn = sum(len(answer) for answer in self.generate(work))
-        return drawn / (time.perf_counter() - start)
-
-    def run_all(self, work: Sequence[Work], places: int) -> float:
-        """Tokens/s over batches of `places` in order."""
-        start = time.perf_counter()
-        batches = [work[first : first + places] for first in range(0, len(work), places)]
-        drawn = sum(len(answer) for batch in batches for answer in self.generate(batch))
-        return drawn / (time.perf_counter() - start)
-
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> Any:
-        """One pass over ids [B, T] behind what is in the cache; mask [B, longest] of a padded batch."""
-        padded = {}
-        if mask is not None:
-            seen = mask[:, : ids.shape[1] + (0 if cache is None else cache.get_seq_length())]
-            padded = {"attention_mask": seen, "position_ids": (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
-        return self.model(ids, cache=cache, use_cache=True, logits_to_keep=1, **padded)
-
-
 def kvern_engine(dtype: torch.dtype | None) -> Engine:
     """The engine on the imported checkpoint, which holds BF16 weights; None: in the form that it chooses itself."""
     folder = ensure_imported(MODEL)
@@ -194,25 +140,6 @@ def kvern_engine(dtype: torch.dtype | None) -> Engine:
     else:
         model = load(folder, dtype=dtype, activation_dtype=dtype)
     return Engine(model, settings=EngineSettings(max_running=PLACES, cache_tokens=3 * PREFIX))
-
-
-def transformers_model(dtype: torch.dtype) -> Static:
-    """transformers' Qwen2 with the file's dequantised weights, rounded to BF16 as the import has them."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    pulled = pulled_path(find_model(MODEL))
-    if pulled is None:
-        raise NotFoundError(f"{MODEL} has not been pulled", hint=f"run `kvern pull {MODEL}`")
-    source = GGUFSource(pulled if pulled.is_file() else next(pulled.glob("*.gguf")))
-    config = Qwen2Config(**source.config)
-    with torch.device("meta"):
-        model: Any = Qwen2ForCausalLM(config)
-    weights = {name: source.tensor(name).to(torch.bfloat16).to(dtype) for name in source.names()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return Static(model.eval())
 
 
 def compare(case: str, ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> Row:
@@ -274,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_at_start = os.getloadavg()[0]
     torch.set_num_threads(default_threads())
     engine = kvern_engine(DTYPES.get(args.dtype))
-    other = transformers_model(DTYPES.get(args.dtype, torch.bfloat16))
+    other = Static(load_qwen2(MODEL, DTYPES.get(args.dtype, torch.bfloat16), rounded=True))
     rows, warm = measure(engine, other, args.requests, args.pairs, args.seed)
     if args.json:
         both = {"rows": [asdict(row) for row in rows], "warm_prefix": asdict(warm)}

@@ -17,17 +17,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
 
 import torch
+from bench.transformers_peer import load_qwen2
 
-from kvern.checkpoint.gguf import GGUFSource
-from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
-from kvern.checkpoint.pull import ensure_imported, pulled_path
+from kvern.checkpoint.pull import ensure_imported
 from kvern.engine import Engine, SamplingParams
 from kvern.engine.dtype import choose
-from kvern.errors import NotFoundError
 from kvern.ops import library
 from kvern.plan.hardware import default_threads, machine
 
@@ -68,19 +65,7 @@ def kvern_decode(activations: torch.dtype, weights: torch.dtype | None) -> Decod
 
 def transformers_decode(dtype: torch.dtype) -> Decode:
     """transformers' own Qwen2 with the file's dequantised weights, through its forward and its cache."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    pulled = pulled_path(find_model(MODEL))
-    if pulled is None:
-        raise NotFoundError(f"{MODEL} has not been pulled", hint=f"run `kvern pull {MODEL}`")
-    source = GGUFSource(pulled if pulled.is_file() else next(pulled.glob("*.gguf")))
-    config = Qwen2Config(**source.config)
-    with torch.device("meta"):
-        model: Any = Qwen2ForCausalLM(config)
-    weights = {name: source.tensor(name).to(dtype) for name in source.names()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.eval()
+    model = load_qwen2(MODEL, dtype)
 
     @torch.inference_mode()
     def run(tokens: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -23,35 +24,46 @@ PADDED_VOCABULARY = 320
 CONTEXT = 256
 
 
-def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write the checkpoint and return its folder. Two layers, one of them MoE; the vocabulary is padded."""
-    config = ModelConfig(
-        vocab_size=PADDED_VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        kv_lora_rank=16,
-        q_lora_rank=None,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-        num_nextn_predict_layers=0,
-        max_position_embeddings=CONTEXT,
-        torch_dtype="float32",
-    )
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Two layers, one of them MoE; the vocabulary is padded."""
+    fields: dict[str, Any] = {
+        "vocab_size": PADDED_VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": CONTEXT,
+        "torch_dtype": "float32",
+    }
+    return ModelConfig(**{**fields, **changes})
+
+
+def tiny_model(config: ModelConfig) -> Transformer:
+    """Random weights, always the same."""
     model = Transformer(config, device="cpu")
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    save_model(model, folder, config=config, files=text_files())
+    return model.eval()
+
+
+def write_tiny_checkpoint(folder: Path) -> Path:
+    """Write the checkpoint and return its folder."""
+    config = tiny_config()
+    save_model(tiny_model(config), folder, config=config, files=text_files())
     return folder
 
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 from bench.batch import (
     Row,
-    Static,
     WarmRow,
-    Work,
     come_and_go,
     compare,
     even,
@@ -20,6 +18,7 @@ from bench.batch import (
     one_by_one,
     requests,
 )
+from bench.transformers_peer import Static, Work
 
 from bench import batch
 from kvern.checkpoint.load import load

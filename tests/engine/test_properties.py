@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_config, tiny_model
 
-from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings, SamplingParams, Update
 from kvern.engine.request import Request
 from kvern.engine.runner import Computed, Runner
@@ -56,34 +56,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def model() -> Transformer:
-    config = ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        kv_lora_rank=16,
-        q_lora_rank=None,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-        num_nextn_predict_layers=0,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=(EOS,),
-        torch_dtype="float32",
-    )
-    made = Transformer(config, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    return made.eval()
+    return tiny_model(tiny_config(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, eos_token_id=(EOS,)))
 
 
 @cache
