@@ -33,21 +33,18 @@ class Linear(nn.Module):
         self, inputs: int, outputs: int, dtype: torch.dtype, device: str, *, bias: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.inputs, self.outputs, self.device = inputs, outputs, device
-        self.weight: nn.Parameter | None = None
-        self.weight_scale_inv: nn.Parameter | None = None
+        self.inputs, self.outputs = inputs, outputs
+        self.weight: nn.Parameter | None = parameter((outputs, inputs), dtype, device)
+        self.bias = parameter((outputs,), bias, device) if bias is not None else None
+        self.weight_scale_inv = self._block_scales(device) if dtype == FP8 else None
         self.weight_packed: nn.Parameter | None = None
         self.weight_scale: nn.Parameter | None = None
         self.weight_shape: nn.Parameter | None = None
-        self.bias = parameter((outputs,), bias, device) if bias is not None else None
-        self.store_as(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """What the weight is stored in; int32 for 4-bit groups."""
-        stored = self.weight if self.weight is not None else self.weight_packed
-        assert stored is not None
-        return stored.dtype
+        return self._stored().dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] -> [.., out] in x.dtype."""
@@ -69,27 +66,36 @@ class Linear(nn.Module):
 
     def store_as(self, dtype: torch.dtype) -> None:
         """Replace the weight by an uninitialised one: of a float `dtype`, or of E4M3 with its scales."""
-        self.hold(torch.empty((self.outputs, self.inputs), dtype=dtype, device=self.device))
-        if dtype == FP8:
-            blocks = (-(-self.outputs // 128), -(-self.inputs // 128))
-            self.weight_scale_inv = parameter(blocks, torch.float32, self.device)
+        device = self._stored().device.type
+        scale = self._block_scales(device) if dtype == FP8 else None
+        self.hold(torch.empty((self.outputs, self.inputs), dtype=dtype, device=device), scale)
 
     def store_int4(self, group_size: int) -> None:
         """Replace the weight by an uninitialised one of 4-bit groups; `group_size` divides the inputs."""
         assert self.inputs % group_size == 0
-        packed = torch.empty((self.outputs, self.inputs // 8), dtype=torch.int32, device=self.device)
-        scale = torch.empty((self.outputs, self.inputs // group_size), dtype=torch.bfloat16, device=self.device)
-        self.hold_int4(packed, scale, torch.tensor((self.outputs, self.inputs), device=self.device))
+        device = self._stored().device.type
+        packed = torch.empty((self.outputs, self.inputs // 8), dtype=torch.int32, device=device)
+        scale = torch.empty((self.outputs, self.inputs // group_size), dtype=torch.bfloat16, device=device)
+        self.hold_int4(packed, scale, torch.tensor((self.outputs, self.inputs), device=device))
 
     def hold(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Take this weight in floats, or in E4M3 with its block scales, in place of the one there was."""
         self.weight, self.weight_scale_inv = _held(weight), _held(scale)
-        self.weight_packed = self.weight_scale = self.weight_shape = None
+        if self.weight_packed is not None:
+            self.weight_packed = self.weight_scale = self.weight_shape = None
 
     def hold_int4(self, packed: Tensor, scale: Tensor, shape: Tensor) -> None:
         """Take this weight of 4-bit groups in place of the one there was."""
         self.weight = self.weight_scale_inv = None
         self.weight_packed, self.weight_scale, self.weight_shape = _held(packed), _held(scale), _held(shape)
+
+    def _stored(self) -> Tensor:
+        stored = self.weight if self.weight is not None else self.weight_packed
+        assert stored is not None
+        return stored
+
+    def _block_scales(self, device: str) -> nn.Parameter:
+        return parameter((-(-self.outputs // 128), -(-self.inputs // 128)), torch.float32, device)
 
 
 def _held(tensor: Tensor | None) -> nn.Parameter | None:
