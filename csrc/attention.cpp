@@ -17,7 +17,7 @@ namespace kvern {
 namespace {
 
 constexpr int64_t kPartRows = 256;          // rows in a part: 20 to 40 microseconds for 64 lanes of 512 + 64
-constexpr int64_t kPartialBytes = 8 << 20;  // partial results held at a time, unless one group needs more
+constexpr int64_t kPartialBytes = 8 << 20;  // groups gather until their partial results need more than this
 constexpr int64_t kMergeColumns = 64;       // merged at a time
 
 struct Problem {

@@ -322,7 +322,14 @@ namespace {
 
 template <class V>
 constexpr kvern::Kernels kernels(const char* name) {
-  return {name, V::width, {kDirect, kDirect, V::decodes_tiles ? V::tile_columns : kDirect}, {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>}, dequantize<V>, attend<V>, nullptr, merge<V>};
+  return {name,
+          V::width,
+          {kDirect, kDirect, V::decodes_tiles ? V::tile_columns : kDirect},
+          {linear<V, float>, linear<V, uint16_t>, linear<V, uint8_t>},
+          dequantize<V>,
+          attend<V>,
+          nullptr,
+          merge<V>};
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };
 
 int kvern_abi(void); /* KVERN_ABI of the library: a caller built for another number must not use it */
 
-/* Picks the kernels: "scalar", "avx2", "avx512", "avx512bf16", or NULL for the best that this CPU has (the state at load).
+/* Picks the kernels: "scalar", "avx2", "avx512", "avx512bf16", or NULL for the best of this CPU (the state at load).
  * KVERN_UNSUPPORTED_ISA when this CPU or this build lacks it, KVERN_BAD_ARGUMENT for an unknown name. */
 int kvern_select_isa(const char* name);
 const char* kvern_isa(void);
@@ -57,7 +57,9 @@ int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weigh
  *             rows[tables[s, r / block_size] * block_size + r % block_size]
  *   contexts  [sequences] rows that the last query of a sequence sees; each query before it sees one fewer
  *   starts    [sequences + 1] offsets into q, from 0 to queries; a sequence has no more queries than rows
- * Every block number that is read is checked against row_count. */
+ * Every block number that is read is checked against row_count. A query's result depends on its rows alone, bit for bit.
+ * On avx512bf16, BF16 queries over BF16 rows take BF16 dot products: the weights p are rounded to BF16, and subnormal
+ * numbers count as zeros. The same holds for the expanded form below. */
 int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t queries, const void* rows, int rows_dtype,
                                  int64_t row_count, int64_t row_stride, const int32_t* tables, int64_t table_stride,
                                  const int32_t* contexts, const int32_t* starts, int64_t sequences,
