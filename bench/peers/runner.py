@@ -55,7 +55,7 @@ class Log:
 
     @classmethod
     def open(cls, path: Path, *, resume: bool) -> Log:
-        """Continue the file, or set what it held aside and begin anew. A last line that was cut short is left out."""
+        """Continue the file, or set what it held aside and begin anew. What failed is tried again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             return cls(path)
@@ -64,7 +64,8 @@ class Log:
             return cls(path)
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         path.write_text("".join(whole))
-        return cls(path, [Record.read(line) for line in whole])
+        records = [Record.read(line) for line in whole]
+        return cls(path, [record for record in records if record.why is None])
 
     def append(self, record: Record) -> None:
         """Write through at once."""
@@ -112,25 +113,38 @@ def measure(
     """Fill the log with what it lacks."""
     for case in cases:
         wanted = min(rounds, case.rounds)
-        if _enough(log, case, wanted):
+        chosen = [OURS, *(peer for peer in peers if peer in case.peers)]
+        if _is_done(log, case, chosen, wanted):
             continue
-        commands = _commands(case, peers, engines, log)
-        for number in range(wanted + wanted // 2):
-            if _enough(log, case, wanted):
+        commands = _commands(case, chosen, engines, log)
+        first = _first_round(log, case, list(commands))
+        for number in range(first, first + wanted + wanted // 2):
+            if _is_done(log, case, list(commands), wanted):
                 break
             for engine in list(commands) if number % 2 == 0 else reversed(list(commands)):
                 if _lacks(log, case, engine, number):
                     _one(commands[engine], case, engine, number, log, say)
 
 
-def _enough(log: Log, case: Case, wanted: int) -> bool:
-    return sum(OURS in samples for samples in kept(log.rounds(case.name)).values()) >= wanted
+def _is_done(log: Log, case: Case, engines: Sequence[str], wanted: int) -> bool:
+    """Whether there are enough undisturbed rounds, and every engine is in one or has its reason."""
+    good = kept(log.rounds(case.name)).values()
+    if sum(OURS in samples for samples in good) < wanted and not log.why(case.name, OURS):
+        return False
+    return all(log.why(case.name, one) or any(one in samples for samples in good) for one in engines)
 
 
-def _commands(case: Case, peers: Sequence[str], engines: Engines, log: Log) -> dict[str, Command]:
-    """Ours first. What cannot run is noted in the log with the reason."""
+def _first_round(log: Log, case: Case, engines: Sequence[str]) -> int:
+    """Where to go on: with the first round, whose gaps are filled, or behind all when an engine is new to the log."""
+    rounds = log.rounds(case.name)
+    seen = {engine for samples in rounds.values() for engine in samples}
+    return max(rounds) + 1 if len(rounds) > 1 and not seen.issuperset(engines) else 0
+
+
+def _commands(case: Case, chosen: Sequence[str], engines: Engines, log: Log) -> dict[str, Command]:
+    """What cannot run is noted in the log with the reason."""
     found = {}
-    for engine in (OURS, *(peer for peer in peers if peer in case.peers)):
+    for engine in chosen:
         try:
             found[engine] = engines.command(engine, case)
         except NotAvailable as error:
@@ -140,13 +154,9 @@ def _commands(case: Case, peers: Sequence[str], engines: Engines, log: Log) -> d
 
 def _lacks(log: Log, case: Case, engine: str, number: int) -> bool:
     rounds = log.rounds(case.name)
-    if engine in rounds.get(number, {}):
+    if engine in rounds.get(number, {}) or log.why(case.name, engine):
         return False
-    if engine in SLOW and any(engine in samples for samples in kept(rounds).values()):
-        return False
-    return not any(
-        one.why and one.round == number for one in log.records if (one.case, one.engine) == (case.name, engine)
-    )
+    return engine not in SLOW or not any(engine in samples for samples in kept(rounds).values())
 
 
 def _one(command: Command, case: Case, engine: str, number: int, log: Log, say: Callable[[str], None]) -> None:

@@ -147,6 +147,7 @@ class Setup:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, of a log or of stderr."""
+    """What a log or stderr says in the end: the failed assertion before a backtrace, or else the last line."""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else ""
+    telling = [line for line in lines if "GGML_ASSERT" in line or line.startswith(("error:", "GGML_ABORT"))]
+    return (telling or lines or [""])[-1][:200]

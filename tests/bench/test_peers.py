@@ -134,8 +134,22 @@ def test_a_cut_run_goes_on_where_it_was(tmp_path: Path) -> None:
     log.append(Record("x1", OURS, 0, Sample(9.0)))
     with path.open("a") as stream:
         stream.write('{"case": "x1", "eng')
-    assert run(tmp_path, {OURS: [9.0], LLAMA: [5.0, 5]}, Log.open(path, resume=True)) == [LLAMA, LLAMA, OURS]
-    assert run(tmp_path, {}, Log.open(path, resume=True)) == []
+    first = {OURS: [9.0], LLAMA: [5.0, 5], TRANSFORMERS: [1.0]}
+    assert run(tmp_path, first, Log.open(path, resume=True), 1) == [LLAMA, TRANSFORMERS]
+    assert run(tmp_path, first, Log.open(path, resume=True), 2) == [LLAMA, OURS]
+    assert run(tmp_path, first, Log.open(path, resume=True), 2) == []
+
+
+def test_an_engine_that_is_new_to_the_log_gets_rounds_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    run(tmp_path, {OURS: [9.0, 9], LLAMA: [5.0, 5], TRANSFORMERS: [1.0]}, Log.open(path, resume=False))
+    again = {OURS: [8.0], LLAMA: [4.0], TRANSFORMERS: [], IK: [7.0]}
+    assert run(tmp_path, again, Log.open(path, resume=True)) == [OURS, LLAMA, IK]
+
+
+def test_a_run_begins_anew_unless_told_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    Log.open(path, resume=False).append(Record("x1", OURS, 0, Sample(9.0)))
     assert Log.open(path, resume=False).records == []
     assert path.with_suffix(".old.jsonl").is_file()
 
