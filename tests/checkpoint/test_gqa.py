@@ -18,6 +18,7 @@ from kvern.checkpoint.load import load
 from kvern.checkpoint.quantize import dequantize, quantize
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import plan_shards, write_checkpoint
+from kvern.config import QuantizationConfig
 from kvern.errors import CheckpointError, ConfigError, UnsupportedModelError
 from kvern.model.batch import ForwardBatch, MLAForm
 
@@ -88,7 +89,7 @@ def test_scaled_rows_never_share_a_block(tmp_path: Path) -> None:
     whole = CheckpointReader(written(tmp_path / "whole", random_model("qwen2 tied, R=128"), "fp8"))
     mixed = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     assert ragged.spec(mixed).dtype is torch.bfloat16
-    assert ragged.config.quantization_config is not None
+    assert isinstance(ragged.config.quantization_config, QuantizationConfig)
     assert ragged.config.quantization_config.modules_to_not_convert == ("kv_a_proj_with_mqa",)
     assert whole.spec(mixed).dtype is torch.float8_e4m3fn
     scales = whole.tensor(f"{mixed}_scale_inv")

@@ -14,6 +14,7 @@ from kvern.checkpoint.convert import plan_conversion
 from kvern.checkpoint.gqa import ImportCost
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.cli import convert as command
+from kvern.config import Int4Config, QuantizationConfig
 from kvern.errors import CheckpointError, NotFoundError
 
 
@@ -36,7 +37,7 @@ def test_converts_and_says_what_it_wrote(source: Path, tmp_path: Path, capsys: p
     assert "(100 %)" in err
     reader = CheckpointReader(tmp_path / "out")
     assert reader.spec("lm_head.weight").dtype is torch.float8_e4m3fn
-    assert reader.config.quantization_config is not None
+    assert isinstance(reader.config.quantization_config, QuantizationConfig)
     assert reader.config.quantization_config.scale_fmt == "ue8m0"
 
 
@@ -67,3 +68,13 @@ def test_the_cost_of_an_import_is_printed(source: Path) -> None:
     assert "1.00 GB" in lines
     assert "1.08 GB" in lines
     assert "1.08x" in lines
+
+
+def test_four_bits_and_their_group_reach_the_conversion(source: Path, tmp_path: Path) -> None:
+    assert run(str(source), str(tmp_path / "out"), "--dtype", "int4", "--group-size", "32", "--head-fp8") == 0
+    quantization = CheckpointReader(tmp_path / "out").config.quantization_config
+    assert isinstance(quantization, Int4Config)
+    assert quantization.group_size == 32
+    assert quantization.is_fp8("lm_head")
+    with pytest.raises(SystemExit):
+        run(str(source), str(tmp_path / "other"), "--dtype", "int4", "--group-size", "64")

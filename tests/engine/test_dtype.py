@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from kvern.config import ModelConfig
+from kvern.config import Int4Config, ModelConfig
 from kvern.engine import dtype
 from kvern.engine.dtype import FORMS, Form, Measurement, choose
 
@@ -62,3 +62,16 @@ def test_it_measures_in_about_a_second() -> None:
     start = time.perf_counter()
     choose(small())
     assert time.perf_counter() - start < 5  # bounded to 1 s of products; a busy machine also waits for memory
+
+
+def test_four_bit_weights_are_measured_as_stored_and_converted() -> None:
+    config = dataclasses.replace(small(), quantization_config=Int4Config(32))
+    assert dtype.stored_dtype(config) is torch.int32
+    choice = choose(config)
+    assert {one.form for one in choice.measurements} == set(FORMS)
+    assert all(one.one_row is not None for one in choice.measurements)
+
+
+def test_four_bits_that_do_not_fit_the_width_are_floats() -> None:
+    config = dataclasses.replace(small(), hidden_size=2000, quantization_config=Int4Config(128))
+    assert dtype.stored_dtype(config) is torch.bfloat16
