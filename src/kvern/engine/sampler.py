@@ -11,7 +11,7 @@ on what ran before. Where values tie, the lower id wins: exactly top_k ids stay.
 logits as the model gave them (below vocab_limit), before all of the above: vLLM's default, `raw_logprobs`.
 
 Everything is exact in float64, one row at a time. A row of 152k logits costs 15 microseconds greedy, 130 with top_k,
-280 with top_p or the temperature alone, 900 to 1,700 with top_p where all ids are nearly or quite equal, and 300 more
+280 with top_p or the temperature alone, 900 to 1,900 with top_p where all ids are nearly or quite equal, and 300 more
 with log-probabilities; 16 rows, which no cache holds, cost about 20 times as much. It gives up GPUs: logits are copied
 to the CPU, and numpy does the work (its argmax over a row takes a tenth of torch's time).
 """
