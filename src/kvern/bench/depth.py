@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kvern.engine import Engine, SamplingParams
-from kvern.model import ForwardBatch, Transformer
+from kvern.model import ForwardBatch, Model, PackedTransformer
+from kvern.model.packed import PackedStep
 
 
 class RandomLatents(nn.Module):
@@ -32,6 +33,18 @@ class RandomLatents(nn.Module):
         return x_TE
 
 
+class RandomRows:
+    """The same for a packed layer."""
+
+    def __init__(self, layer: int, rows_RD: Tensor) -> None:
+        self.layer, self.rows_RD = layer, rows_RD
+
+    def __call__(self, step: PackedStep, rows: Tensor) -> None:
+        """Only the rows of the step's tokens are written."""
+        count = len(step.slots)
+        rows.index_copy_(0, step.slots, self.rows_RD[self.layer : self.layer + count].to(rows.dtype))
+
+
 def fill(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     """Put the whole blocks of each prompt into the prefix cache, with random latents. The engine must be idle."""
     with random_latents(engine.model, engine.settings.step_tokens):
@@ -42,12 +55,20 @@ def fill(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
 
 
 @contextmanager
-def random_latents(model: Transformer, most_tokens: int) -> Iterator[None]:
-    """Exchange the layers for `RandomLatents` within the block, for passes of at most so many tokens."""
-    config, layers = model.config, model.model.layers
+def random_latents(model: Model, most_tokens: int) -> Iterator[None]:
+    """Exchange the layers within the block for such that store rows; for passes of at most so many tokens."""
+    config = model.config
+    count = config.num_hidden_layers + config.num_nextn_predict_layers
     generator = torch.Generator().manual_seed(0)
-    rows_RD = torch.randn(most_tokens + len(layers), config.latent_dim, generator=generator)
-    rows_RD = rows_RD.to(model.activation_dtype)
+    rows_RD = torch.randn(most_tokens + count, config.latent_dim, generator=generator).to(model.activation_dtype)
+    if isinstance(model, PackedTransformer):
+        packed_layers, model.layers = model.layers, [RandomRows(layer, rows_RD) for layer in range(count)]
+        try:
+            yield
+        finally:
+            model.layers = packed_layers
+        return
+    layers = model.model.layers
     model.model.layers = nn.ModuleList(RandomLatents(layer, rows_RD) for layer in range(len(layers)))
     try:
         yield

@@ -20,10 +20,10 @@ import torch
 
 from kvern.bench.depth import fill
 from kvern.bench.stages import stopwatches
-from kvern.bench.traffic import Traffic, Weights, recorded
+from kvern.bench.traffic import cache_row_bytes, counted_bytes
 from kvern.engine import Engine, SamplingParams
 from kvern.engine.settings import EngineSettings
-from kvern.model import Transformer
+from kvern.model import Model
 from kvern.ops import library
 from kvern.plan.hardware import machine
 
@@ -89,7 +89,7 @@ def cases(prompts: Sequence[int], decode: int, depths: Sequence[int], batches: S
     return prefill + [Case("decode", decode, batch, depth) for batch in batches if decode for depth in whole]
 
 
-def why_not(case: Case, model: Transformer) -> str | None:
+def why_not(case: Case, model: Model) -> str | None:
     """Why a case cannot run on this machine, with numbers, or None."""
     limit = model.config.max_position_embeddings
     if case.context > limit:
@@ -98,11 +98,6 @@ def why_not(case: Case, model: Transformer) -> str | None:
     if needed > free:
         return f"needs {needed / 2**30:.1f} GiB of cache, {free / 2**30:.1f} GiB are free"
     return None
-
-
-def cache_row_bytes(model: Transformer) -> int:
-    """Bytes of one token's latents, in all layers that decoding runs."""
-    return model.config.num_hidden_layers * model.config.latent_dim * model.activation_dtype.itemsize
 
 
 def read_gb_s(nbytes: int = READ_BYTES) -> float:
@@ -120,7 +115,7 @@ def read_gb_s(nbytes: int = READ_BYTES) -> float:
 class EngineBench:
     """An engine of its own, large enough for every case."""
 
-    def __init__(self, model: Transformer, todo: Sequence[Case], read: float, *, seed: int = 0) -> None:
+    def __init__(self, model: Model, todo: Sequence[Case], read: float, *, seed: int = 0) -> None:
         most = max(case.batch for case in todo)
         settings = EngineSettings(
             cache_tokens=max(case.cache_tokens for case in todo) + 4 * BLOCK,
@@ -131,7 +126,6 @@ class EngineBench:
         )
         self.engine = Engine(model, settings=settings)
         self.model, self.read = model, read
-        self.weights = Weights.of(model)
         self._random = random.Random(seed)
         self._prefill(self._tokens(BLOCK), 0)  # the first pass reads mapped weights from disk
 
@@ -141,9 +135,9 @@ class EngineBench:
         if case.depth:
             fill(self.engine, prompts)
         measure = self._run_prefill if case.test == "prefill" else self._run_decode
-        seconds, traffic, split = measure(case, prompts, stages)
+        seconds, read, split = measure(case, prompts, stages)
         computed = case.tokens * case.batch
-        bytes_per_token = traffic.bytes(self.weights, cache_row_bytes(self.model)) / computed
+        bytes_per_token = read / computed
         rate = computed / seconds
         gb_s = bytes_per_token * rate / 1e9
         share = gb_s / self.read
@@ -151,15 +145,15 @@ class EngineBench:
 
     def _run_prefill(
         self, case: Case, prompts: list[list[int]], stages: bool
-    ) -> tuple[float, Traffic, dict[str, float] | None]:
+    ) -> tuple[float, int, dict[str, float] | None]:
         first, second = (prompts[0] + self._tokens(case.tokens) for _ in range(2))
-        with recorded(self.model) as traffic:
+        with counted_bytes(self.model) as read:
             seconds, _ = self._prefill(first, case.depth)
         if not stages:
-            return seconds, traffic, None
+            return seconds, read(), None
         with stopwatches(self.model) as split:
             _, steps = self._prefill(second, case.depth)
-        return seconds, traffic, {stage: total / steps for stage, total in split.items()}
+        return seconds, read(), {stage: total / steps for stage, total in split.items()}
 
     def _prefill(self, prompt: list[int], cached: int) -> tuple[float, int]:
         """(seconds, steps) of a prompt to its first token, where the prefix cache holds its first `cached` tokens."""
@@ -175,13 +169,13 @@ class EngineBench:
 
     def _run_decode(
         self, case: Case, prompts: list[list[int]], stages: bool
-    ) -> tuple[float, Traffic, dict[str, float] | None]:
+    ) -> tuple[float, int, dict[str, float] | None]:
         params = SamplingParams(max_tokens=case.context, ignore_eos=True)
         ids = [self.engine.add(prompt + self._tokens(1), params) for prompt in prompts]
         for update in self.engine.step():
             _expect(case.depth, update.cached_tokens, "cached tokens")
         self._decode(WARM_STEPS, case.batch)
-        with recorded(self.model) as traffic:
+        with counted_bytes(self.model) as read:
             start = time.perf_counter()
             self._decode(case.tokens, case.batch)
             seconds = time.perf_counter() - start
@@ -194,7 +188,7 @@ class EngineBench:
         for number in ids:
             self.engine.cancel(number)
         self.engine.step()
-        return seconds, traffic, split
+        return seconds, read(), split
 
     def _decode(self, steps: int, batch: int) -> None:
         drawn = sum(len(update.tokens) for _ in range(steps) for update in self.engine.step())
@@ -204,7 +198,7 @@ class EngineBench:
         return self._random.choices(range(self.engine.vocab_size), k=count)
 
 
-def measure(model: Transformer, todo: Sequence[Case], read: float, *, stages: bool = False) -> Iterator[EngineRow]:
+def measure(model: Model, todo: Sequence[Case], read: float, *, stages: bool = False) -> Iterator[EngineRow]:
     """The rows of `todo`, one by one; every case must be able to run (`why_not`)."""
     bench = EngineBench(model, todo, read)
     for case in todo:

@@ -14,18 +14,35 @@ from typing import Any
 
 from torch import nn
 
+from kvern.bench.traffic import packed_counters
 from kvern.engine import engine as engine_module
-from kvern.model import Transformer
+from kvern.model import Model, PackedTransformer, Transformer
 from kvern.model.layer import DecoderLayer
 
 STAGES = ("embedding", "attention", "feed_forward", "head", "sampling", "rest")
+PACKED = {
+    "project": "attention",
+    "attend": "attention",
+    "output": "attention",
+    "route": "feed_forward",
+    "experts": "feed_forward",
+    "head": "head",
+}
+"""Stage that a counter of packed layers belongs to; they keep time themselves, and the embedding is in the rest."""
 
 
 @contextmanager
-def stopwatches(model: Transformer) -> Iterator[dict[str, float]]:
+def stopwatches(model: Model) -> Iterator[dict[str, float]]:
     """Seconds of each stage, summed over the block; rest is the block's time that no stage had."""
     seconds = dict.fromkeys(STAGES, 0.0)
     start = time.perf_counter()
+    if isinstance(model, PackedTransformer):
+        with _sampler_timed(seconds), packed_counters(model) as counters:
+            yield seconds
+        for counter, stage in PACKED.items():
+            seconds[stage] += counters[counter] / 1e9
+        seconds["rest"] = time.perf_counter() - start - sum(seconds.values())
+        return
     hooks = [hook for stage, module in _modules(model) for hook in _time_module(module, stage, seconds)]
     try:
         with _sampler_timed(seconds):

@@ -9,20 +9,22 @@
 
 Weights count in the dtype in which they lie in memory, block scales included, once a step however many sequences share
 it. It is what a perfect implementation reads from memory: copies, activations and second reads of the same bytes are
-not in it, so the GB/s that follow from it never flatter.
+not in it, so the GB/s that follow from it never flatter. Packed layers count for themselves, in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kvern.model import ForwardBatch, Transformer
+from kvern.model import ForwardBatch, Model, PackedTransformer, Transformer
 from kvern.model.moe import MoE
+from kvern.ops import packed
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,35 @@ class Traffic:
             + experts
             + self.visible_rows * cache_row
         )
+
+
+@contextmanager
+def counted_bytes(model: Model) -> Iterator[Callable[[], int]]:
+    """A function that tells the bytes which the forward passes of the block had to read."""
+    if isinstance(model, PackedTransformer):
+        with packed_counters(model) as counters:
+            yield lambda: counters["weight_bytes"] + counters["cache_bytes"]
+        return
+    weights, cache_row = Weights.of(model), cache_row_bytes(model)
+    with recorded(model) as traffic:
+        yield lambda: traffic.bytes(weights, cache_row)
+
+
+@contextmanager
+def packed_counters(model: PackedTransformer) -> Iterator[dict[str, int]]:
+    """What packed layers and head count within the block, by the names of `packed.COUNTERS`; filled when it ends."""
+    counters: dict[str, int] = {}
+    model.counters = torch.zeros(len(packed.COUNTERS), dtype=torch.int64)
+    try:
+        yield counters
+    finally:
+        counters |= zip(packed.COUNTERS, model.counters.tolist(), strict=True)
+        model.counters = None
+
+
+def cache_row_bytes(model: Model) -> int:
+    """Bytes of one token's latents, in all layers that decoding runs."""
+    return model.config.num_hidden_layers * model.config.latent_dim * model.activation_dtype.itemsize
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from kvern.errors import BadRequestError, KvernError, NotEnoughMemoryError
 if TYPE_CHECKING:
     from kvern.bench.engine import Case
     from kvern.bench.load import RateRow, Target
-    from kvern.model import Transformer
+    from kvern.model import Model
 
 HELP = "measure the engine in this process, or a server through raw sockets"
 EXAMPLES = """\
@@ -95,7 +95,8 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,..",
         help="sequences that decode together (1,8,16,32)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="weights in memory; auto suits this machine")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the activations; auto suits this machine")
+    parser.add_argument("--unpacked", action="store_true", help="run the layers from the checkpoint's own files")
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="threads to compute with (default: every usable core)"
     )
@@ -162,28 +163,22 @@ def _engine(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> Transformer:
+def _load(args: argparse.Namespace) -> Model:
     import torch
 
-    from kvern.checkpoint.load import load
     from kvern.cli.progress import progress_bar
-    from kvern.config import ModelConfig
-    from kvern.engine.dtype import choose
     from kvern.llm import resolve
+    from kvern.llm.opening import open_model
     from kvern.ops import library
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
         library.set_threads(args.threads)
     with progress_bar() as progress:
-        folder = resolve(args.model, progress)
-    if args.dtype != "auto":
-        return load(folder, dtype={"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype])
-    choice = choose(ModelConfig.load(folder))
-    return load(folder, dtype=choice.weight_dtype, activation_dtype=choice.activation_dtype)
+        return open_model(resolve(args.model, progress), args.dtype, pack=not args.unpacked, progress=progress)
 
 
-def _possible(cases: list[Case], model: Transformer) -> Iterator[Case]:
+def _possible(cases: list[Case], model: Model) -> Iterator[Case]:
     """The cases that can run; the others are named with the reason. Raises when none is left."""
     from kvern.bench.engine import why_not
 

@@ -75,6 +75,16 @@ class StepCache:
     positions: Tensor
     slots: Tensor
 
+    @property
+    def rows(self) -> Tensor:
+        """[layers, N, latent_dim] of the whole cache."""
+        return self.cache.rows
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.cache.block_size
+
     def extend(self, layer: int, latent_TD: Tensor) -> None:
         """Store the latents of all tokens of the step."""
         self.cache.rows[layer].index_copy_(0, self.slots, latent_TD.to(self.cache.rows.dtype))

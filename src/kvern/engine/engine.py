@@ -24,7 +24,7 @@ from kvern.engine.scheduler import Chunk, Scheduler
 from kvern.engine.settings import Counts, EngineSettings, EngineStats
 from kvern.engine.speculative import speculator
 from kvern.errors import BadRequestError, BusyError, KvernError, NonFiniteLogitsError
-from kvern.model import Transformer
+from kvern.model import Model
 from kvern.plan.hardware import machine
 
 FULL_CONTEXTS = 8
@@ -34,7 +34,7 @@ FULL_CONTEXTS = 8
 class Engine:
     """Runs `model` for many requests at once."""
 
-    def __init__(self, model: Transformer, *, settings: EngineSettings | None = None) -> None:
+    def __init__(self, model: Model, *, settings: EngineSettings | None = None) -> None:
         self.settings = settings or EngineSettings()
         self.model = model
         self.vocab_size = model.config.vocab_size
@@ -285,13 +285,13 @@ def check_request(
         raise BadRequestError(f"token id {outside} is outside the vocabulary of {vocab_size}", param="prompt")
 
 
-def longest_context(model: Transformer, settings: EngineSettings) -> int:
+def longest_context(model: Model, settings: EngineSettings) -> int:
     """Tokens of prompt and answer: the model's limit, or less where the settings say so."""
     limit = model.config.max_position_embeddings
     return min(settings.max_context or limit, limit)
 
 
-def how_longer(max_context: int, model: Transformer, settings: EngineSettings) -> str:
+def how_longer(max_context: int, model: Model, settings: EngineSettings) -> str:
     """What else helps, besides a shorter prompt: a setting, where one is the limit; else the model's own is named."""
     limit = model.config.max_position_embeddings
     if max_context >= limit:
@@ -300,7 +300,7 @@ def how_longer(max_context: int, model: Transformer, settings: EngineSettings) -
     return f", or serve with a larger {option}; the model's maximum is {limit}"
 
 
-def cache_blocks(model: Transformer, settings: EngineSettings) -> int:
+def cache_blocks(model: Model, settings: EngineSettings) -> int:
     """Blocks of the cache: as set, or up to eight full contexts within half of the memory that is free."""
     if settings.cache_tokens is not None:
         return max(1, settings.cache_tokens // settings.block_size)

@@ -13,7 +13,7 @@ from kvern.engine.scheduler import Chunk
 from kvern.engine.settings import EngineSettings
 from kvern.engine.threads import threads_for
 from kvern.errors import ConfigError
-from kvern.model import ForwardBatch, Transformer
+from kvern.model import ForwardBatch, Model, PackedTransformer, Transformer
 from kvern.model.attention import Attention
 from kvern.ops import native
 
@@ -34,9 +34,9 @@ class Computed:
 class Runner:
     """Owns the model's side of a step. mtp: keep the hidden states of a step for the MTP layer."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, *, mtp: bool = False) -> None:
+    def __init__(self, model: Model, cache: PagedCache, *, mtp: bool = False) -> None:
         self.model, self.cache, self.mtp = model, cache, mtp
-        self._kernel_rows = native.kernel_rows(model.activation_dtype, model.lm_head.dtype)
+        self._kernel_rows = _kernel_rows(model, cache)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Computed:
@@ -58,7 +58,7 @@ class Runner:
             if not self.mtp:
                 return Computed(self.model(batch), tuple(rows))
             hidden = self.model.hidden(batch)
-            logits = self.model.lm_head(hidden[batch.logits_at]).float()
+            logits = self.model.logits(hidden[batch.logits_at])
         return Computed(logits, tuple(rows), hidden, batch.query_starts)
 
     @torch.inference_mode()
@@ -84,9 +84,9 @@ class Runner:
         )
 
 
-def wants_mtp(model: Transformer, settings: EngineSettings) -> bool:
+def wants_mtp(model: Model, settings: EngineSettings) -> bool:
     """Whether the MTP layer is to draft. Raises ConfigError where it should and the model was loaded without one."""
-    there = len(model.model.layers) > model.config.num_hidden_layers
+    there = model.has_mtp
     if settings.drafts == "mtp" and not there:
         raise ConfigError("the model has no MTP layer to draft with", hint="use --drafts ngram, or auto")
     return there and settings.drafts in ("auto", "mtp")
@@ -100,8 +100,17 @@ def _logits(chunk: Chunk) -> int:
     return int(chunk.count == request.pending) + len(chunk.drafts)
 
 
-def hold_absorbed_weights(model: Transformer) -> None:
+def _kernel_rows(model: Model, cache: PagedCache) -> int:
+    """Rows of a step up to which torch computes nothing that wants threads."""
+    if isinstance(model, PackedTransformer):
+        return cache.rows.shape[1]
+    return native.kernel_rows(model.activation_dtype, model.lm_head.dtype)
+
+
+def hold_absorbed_weights(model: Model) -> None:
     """Keep kv_b_proj in the activations' dtype where it is not FP8: decoding multiplies by it head by head."""
+    if not isinstance(model, Transformer):
+        return
     for module in model.modules():
         if isinstance(module, Attention) and module.kv_b_proj.weight_scale_inv is None:
             dense = module.kv_b_proj.dense(model.activation_dtype)

@@ -10,27 +10,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, overload
 
 import torch
 
-from kvern.checkpoint.load import load
 from kvern.checkpoint.pull import ensure_imported
+from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings
-from kvern.engine.dtype import choose
 from kvern.engine.request import Update
-from kvern.errors import BusyError, ConfigError
+from kvern.errors import BusyError
+from kvern.llm.opening import Dtype, open_model
 from kvern.llm.prepare import Prepared, TextSide
 from kvern.llm.text_stream import Piece, TextStream
-from kvern.model import Transformer
 from kvern.ops import library
 from kvern.text.messages import Completion, MessageLike
 from kvern.text.options import SamplingOptions
-
-Dtype: TypeAlias = Literal["auto", "bf16", "f32"]
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 class LLM(TextSide):
@@ -57,10 +53,10 @@ class LLM(TextSide):
         if threads is not None:
             torch.set_num_threads(threads)
             library.set_threads(threads)
-        chosen = settings or EngineSettings()
+        chosen = settings or EngineSettings(drafts="auto")
         if max_context is not None:
             chosen = replace(chosen, max_context=max_context)
-        self.engine = engine or Engine(_load(folder, dtype), settings=chosen)
+        self.engine = engine or Engine(open_model(folder, dtype, mtp=_has_mtp(folder, chosen)), settings=chosen)
         self.max_context, self.longer_context = self.engine.max_context, self.engine.longer_context
         self.vocab_size = self.engine.vocab_size
         self._driver = _Driver(self.engine)
@@ -178,11 +174,10 @@ def served_name(model: str | Path) -> str:
     return path.resolve().name if path.exists() else str(model)
 
 
-def _load(folder: Path, dtype: str) -> Transformer:
-    """Open the weights. "auto" measures which dtypes this machine multiplies fastest (under a second)."""
-    if dtype == "auto":
-        choice = choose(ModelConfig.load(folder))
-        return load(folder, dtype=choice.weight_dtype, activation_dtype=choice.activation_dtype)
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
-    return load(folder, dtype=DTYPES[dtype])
+def _has_mtp(folder: Path, chosen: EngineSettings) -> bool:
+    """Whether an MTP layer is to draft and the checkpoint has it: many leave out what their config.json announces."""
+    config = ModelConfig.load(folder)
+    if chosen.drafts not in ("auto", "mtp") or not config.num_nextn_predict_layers:
+        return False
+    first = f"model.layers.{config.num_hidden_layers}."
+    return any(name.startswith(first) for name in CheckpointReader(folder).names())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,29 @@ class LatentCache(Protocol):
         self, layer: int, q_THD: Tensor, sequences: Sequence[int], batch: ForwardBatch, rank: int, scale: float
     ) -> Tensor:
         """Absorbed attention [T, H, rank] of the queries of `sequences`, which lie in q one after the other."""
+
+
+@runtime_checkable
+class PagedLatents(Protocol):
+    """A cache whose latents lie in blocks: its books for the S sequences and T tokens of a batch.
+
+    rows [layers, N, D]: token r of sequence s lies in rows[layer, tables[s, r // block_size] * block_size + r %
+    block_size]. tables [S, blocks] int32; contexts [S] int32, this batch's tokens included; starts [S + 1] int32,
+    offsets into the tokens; slots [T] int64, the row of each token.
+    """
+
+    tables: Tensor
+    contexts: Tensor
+    starts: Tensor
+    slots: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """All layers' rows."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
 
 
 class BatchLatents:

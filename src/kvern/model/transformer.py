@@ -77,7 +77,16 @@ class Transformer(nn.Module):
         hidden_TE = self.hidden(batch)
         if batch.logits_at is not None:
             hidden_TE = hidden_TE[batch.logits_at]
-        logits: Tensor = self.lm_head(hidden_TE).float()
+        return self.logits(hidden_TE)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether an MTP layer was loaded."""
+        return len(self.model.layers) > self.config.num_hidden_layers
+
+    def logits(self, hidden_LE: Tensor) -> Tensor:
+        """[L, vocab_size] float32 of hidden states after `model.norm`."""
+        logits: Tensor = self.lm_head(hidden_LE).float()
         return logits
 
     def hidden(self, batch: ForwardBatch) -> Tensor:

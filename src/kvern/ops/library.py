@@ -102,6 +102,24 @@ def _declare(lib: ctypes.CDLL) -> None:
     q_rows: list[Any] = [pointer, pointer, code, size, pointer, code, size, size]
     books: list[Any] = [pointer, size, pointer, pointer, size, size]
     lib.kvern_paged_latent_attention.argtypes = [*q_rows, *books, size, size, size, ctypes.c_float]
+    _declare_packed(lib)
+
+
+def _declare_packed(lib: ctypes.CDLL) -> None:
+    pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.kvern_packed_order.restype = ctypes.c_char_p
+    lib.kvern_packed_bytes.argtypes = [code, size, size]
+    lib.kvern_packed_bytes.restype = size
+    lib.kvern_scale_bytes.argtypes = [code, size, size, size]
+    lib.kvern_scale_bytes.restype = size
+    weight: list[Any] = [pointer, code, size, pointer, size]
+    lib.kvern_pack.argtypes = [pointer, pointer, code, *weight, size, size, size]
+    lib.kvern_multiply.argtypes = [pointer, pointer, size, code, pointer, pointer]
+    lib.kvern_hash.argtypes = [pointer, size]
+    lib.kvern_hash.restype = ctypes.c_uint64
+    lib.kvern_check_layer.argtypes = [pointer]
+    lib.kvern_run_layer.argtypes = [pointer, pointer, pointer]
+    lib.kvern_run_head.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, pointer, size, pointer, pointer]
     q_kv_rope: list[Any] = [pointer, pointer, pointer, pointer, size, code]
     lib.kvern_expanded_attention.argtypes = [*q_kv_rope, size, size, size, size, size, size, ctypes.c_float]
 

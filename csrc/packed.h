@@ -1,0 +1,81 @@
+// Weights packed into tiles, and products with them.
+//
+// A panel holds 16 rows of W side by side, so that a register has one number of each and no sum ever crosses lanes. A
+// tile is 64 bytes of a panel, 16 rows by as many columns as fit (16 x 4 for E4M3, 16 x 2 for BF16, 16 x 1 for FP32,
+// 16 x 8 for 4 bits); the tiles of a panel follow each other, and the panels too: a product reads one stream.
+//
+// y[m] = sum over groups g of columns of scale[g] * (sum over k in g, in order, of W[:, k] x[m, k]) is summed in the same
+// order in every form of the kernels, so a row of y depends on its row of x alone, bit for bit: not on how many rows
+// are multiplied together, nor on the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "kvern.h"
+#include "kvern_layer.h"
+
+namespace kvern {
+
+constexpr int64_t kLanes = 16;    // rows of W in a panel
+constexpr int64_t kTileBytes = 64;
+constexpr int64_t kDepth = 128;   // columns that share an FP8 scale, and that are decoded together
+constexpr int64_t kPadding = 32;  // K is padded with zeros to a multiple of this: whole tiles and whole 4-bit groups
+constexpr int kKinds = 4;
+
+inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Rows of x, rounded and arranged for the kernels: in groups of `group` columns (the last may have fewer), element e of
+// column c of a group of C columns lies at e * C + c. An element is 32 bits: two BF16 numbers, or one FP32.
+// With two `copies` a row of x is two columns, its BF16 rounding and the rounding of what that left over: together
+// 16 bits of mantissa.
+struct Columns {
+  const uint32_t* data;
+  int64_t count, group, elements;
+  int copies;
+};
+
+// Where a product goes: row r of y at y + (place ? place[r] : r) * stride, n numbers of it.
+struct Output {
+  float* y;
+  int64_t stride;
+  const int32_t* place;
+  const float* bias;
+  bool adds;
+};
+
+struct Product {
+  const kvern_packed& w;
+  Columns x;
+  Output out;
+};
+
+// How an element of x looks for a kind of weight.
+enum class Order { kPairs, kSingles };
+
+// Loops over one row, from rows_body.h, where they are described.
+struct RowKernels {
+  void (*norm)(const float* x, const float* weight, float eps, int64_t size, float* out);
+  void (*gate)(float* gate, const float* up, int64_t size, float weight);
+  void (*round)(const float* x, int64_t size, uint16_t* out);
+  void (*arrange_pairs)(const float* x, int64_t size, int64_t elements, int copies, int64_t stride, uint32_t* out);
+  void (*arrange_singles)(const float* x, int64_t size, int64_t elements, bool rounds, int64_t stride, uint32_t* out);
+};
+
+struct PackedKernels {
+  RowKernels rows;
+  Order order[kKinds];
+  int64_t group[kKinds];  // most columns in a group
+  void (*multiply[kKinds])(const Product&, int64_t first_panel, int64_t last_panel);
+};
+
+const PackedKernels& packed_kernels();
+
+extern const PackedKernels kScalarPacked;
+extern const PackedKernels kAvx2Packed;
+extern const PackedKernels kAvx512Packed;
+extern const PackedKernels kAvx512Bf16Packed;
+
+inline int64_t padded_k(const kvern_packed& w) { return round_up(w.k, kPadding); }
+inline int64_t panels(const kvern_packed& w) { return (w.n + kLanes - 1) / kLanes; }
+
+}  // namespace kvern

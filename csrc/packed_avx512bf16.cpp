@@ -1,0 +1,81 @@
+// Packed products with BF16 dot products (AVX-512 BF16, VBMI): a register holds two columns of 16 rows, an element of x
+// two numbers. vdpbf16ps takes subnormal inputs for zeros, and E4M3, 4-bit and their products have none in BF16; a BF16
+// weight or activation under 1e-38 counts as zero.
+#include <immintrin.h>
+
+#include "packed_avx512.h"
+#include "packed_body.h"
+#include "rows_body.h"
+
+namespace {
+
+struct Pairs {
+  using reg = __m512;
+  static constexpr int64_t columns = 12;
+  static constexpr int tiled_panels = 2;
+  static constexpr int panels(int m) { return m <= 6 ? 4 : 2; }
+
+  static reg zero() { return _mm512_setzero_ps(); }
+  static reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
+  static void keep(uint8_t* p, reg a) { _mm512_store_ps(p, a); }
+  static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static reg mul_add(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static reg broadcast(float a) { return _mm512_set1_ps(a); }
+  static reg scales(const uint16_t* p) { return bf16_lanes(p); }
+  static reg dot(reg acc, reg w, const uint32_t* x) {
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(*x));
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(pair));
+  }
+};
+
+struct Bf16Pairs {
+  static constexpr int steps = 1, registers = 1;
+  static constexpr int64_t depth = 2;
+  static constexpr bool is_scaled = false, is_grouped = false, is_decoded = false;
+  static constexpr float factor = 1.0f;
+  using Decoded = Bf16Pairs;
+  static void decode(const uint8_t* tile, int, __m512* w) { w[0] = _mm512_loadu_ps(tile); }
+};
+
+struct DecodedPairs : Bf16Pairs {
+  static constexpr bool is_decoded = true;
+};
+
+struct E4m3Pairs {
+  static constexpr int steps = 1, registers = 2;
+  static constexpr int64_t depth = 4;
+  static constexpr bool is_scaled = true, is_grouped = false;
+  static constexpr float factor = 1.0f;
+  using Decoded = DecodedPairs;
+  static void decode(const uint8_t* tile, int, __m512* w) {
+    __m512i first, second;
+    e4m3_to_bf16(_mm512_loadu_si512(tile), first, second);
+    w[0] = _mm512_castsi512_ps(first);
+    w[1] = _mm512_castsi512_ps(second);
+  }
+};
+
+struct Int4Pairs {
+  static constexpr int steps = 2, registers = 2;
+  static constexpr int64_t depth = 8;
+  static constexpr bool is_scaled = true, is_grouped = true;
+  static constexpr float factor = 1.0f;
+  using Decoded = DecodedPairs;
+  static void decode(const uint8_t* tile, int step, __m512* w) {
+    __m512i first, second;
+    int4_to_bf16(_mm512_loadu_si512(tile), step, first, second);
+    w[0] = _mm512_castsi512_ps(first);
+    w[1] = _mm512_castsi512_ps(second);
+  }
+};
+
+}  // namespace
+
+namespace kvern {
+const PackedKernels kAvx512Bf16Packed{
+    kRowKernels,
+    {Order::kSingles, Order::kPairs, Order::kPairs, Order::kPairs},
+    {Avx512Singles::columns, Pairs::columns, Pairs::columns, Pairs::columns},
+    {multiply<Avx512Singles, F32Single>, multiply<Pairs, Bf16Pairs>, multiply<Pairs, E4m3Pairs>, multiply<Pairs, Int4Pairs>}};
+}

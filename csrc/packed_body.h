@@ -1,0 +1,235 @@
+// Products with packed weights, written once over an instruction set `V` (unnamed namespace: see scalars.h). V gives
+//   reg                      16 FP32 sums, or what 16 rows of W are multiplied from
+//   zero, load, store        of 16 FP32 numbers; mul_add(a, b, c) = a * b + c; add
+//   dot(acc, w, x)           acc + w . x for one element x of a column (see Columns)
+//   scales(const uint16_t*)  16 BF16 numbers as FP32; broadcast(float)
+//   panels(columns)          panels at a time for so many columns, so that the sums stay in registers
+//   columns                  most columns in a group
+// and for each kind of weight a struct with `depth` (columns of W in a tile); decode(tile, step, reg*), which gives
+// `registers` a step in `steps` steps; `is_scaled`, `is_grouped` (a scale for each row and group); `factor` (what decoded
+// numbers were divided by); `Decoded`, the kind that decoded tiles have.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "packed.h"
+#include "scalars.h"
+
+namespace {
+
+using kvern::Columns;
+using kvern::kDepth;
+using kvern::kLanes;
+using kvern::kTileBytes;
+using kvern::Output;
+using kvern::Product;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Elements of x that a tile meets.
+template <class K>
+constexpr int kElements = K::steps * K::registers;
+
+// Sums of P panels for M columns.
+template <class V, int P, int M>
+using Sums = typename V::reg[P][M];
+
+template <class V, int P, int M>
+[[gnu::always_inline]] inline void clear(Sums<V, P, M>& sums) {
+  for (int p = 0; p < P; ++p) {
+    for (int m = 0; m < M; ++m) sums[p][m] = V::zero();
+  }
+}
+
+// sums += `count` tiles of P panels, `distance` bytes apart, times M columns.
+template <class V, class K, int P, int M>
+[[gnu::always_inline]] inline void accumulate_tiles(const uint8_t* tiles, int64_t distance, int64_t count,
+                                                    const uint32_t* x, Sums<V, P, M>& sums) {
+  for (int64_t t = 0; t < count; ++t, tiles += kTileBytes) {
+    for (int step = 0; step < K::steps; ++step, x += K::registers * M) {
+      typename V::reg w[P][K::registers];
+      for (int p = 0; p < P; ++p) K::decode(tiles + p * distance, step, w[p]);
+      for (int u = 0; u < K::registers; ++u) {
+        for (int m = 0; m < M; ++m) {
+          for (int p = 0; p < P; ++p) sums[p][m] = V::dot(sums[p][m], w[p][u], x + u * M + m);
+        }
+      }
+    }
+  }
+}
+
+// Columns [begin, begin + count) of W of P panels, scaled, on top of totals[m * width + p].
+template <class V, class K, int P, int M>
+struct Panels {
+  const kvern_packed& w;
+  int64_t padded;   // columns of W in a panel
+  int64_t first;    // panel
+
+  int64_t group() const { return K::is_grouped ? w.group : kDepth; }
+
+  typename V::reg scale(int p, int64_t group) const {
+    if constexpr (K::is_grouped) {
+      const int64_t groups = padded / w.group;
+      return V::scales(static_cast<const uint16_t*>(w.scales) + ((first + p) * groups + group) * kLanes);
+    } else {
+      const int64_t groups = (padded + kDepth - 1) / kDepth;
+      return V::broadcast(static_cast<const float*>(w.scales)[(first + p) * groups + group] * K::factor);
+    }
+  }
+
+  // `tiles` of column `begin`, in the coding of D: K itself, or its decoded form.
+  template <class D>
+  [[gnu::always_inline]] void add(const uint8_t* tiles, int64_t distance, int64_t begin, int64_t count,
+                                  const uint32_t* x, float* totals, int64_t width) const {
+    if constexpr (!K::is_scaled) {
+      Sums<V, P, M> sums;
+      for (int p = 0; p < P; ++p) {
+        for (int m = 0; m < M; ++m) sums[p][m] = V::load(totals + (m * width + p) * kLanes);
+      }
+      accumulate_tiles<V, D, P, M>(tiles, distance, count / D::depth, x, sums);
+      for (int p = 0; p < P; ++p) {
+        for (int m = 0; m < M; ++m) V::store(totals + (m * width + p) * kLanes, sums[p][m]);
+      }
+      return;
+    }
+    for (int64_t done = 0; done < count; done += group()) {
+      const int64_t now = least(group(), count - done);
+      Sums<V, P, M> sums;
+      clear<V, P, M>(sums);
+      accumulate_tiles<V, D, P, M>(tiles + done / D::depth * kTileBytes, distance, now / D::depth,
+                                   x + done / D::depth * kElements<D> * M, sums);
+      for (int p = 0; p < P; ++p) {
+        const auto by = scale(p, (begin + done) / group());
+        for (int m = 0; m < M; ++m) {
+          float* total = totals + (m * width + p) * kLanes;
+          V::store(total, V::mul_add(sums[p][m], by, V::load(total)));
+        }
+      }
+    }
+  }
+};
+
+// Writes the totals [columns, width, 16] of `count` panels to their rows of y.
+template <class V>
+void deliver(const Product& task, int64_t first, int64_t count, const float* totals, int64_t width, int64_t column,
+             int64_t columns) {
+  const Output& out = task.out;
+  for (int64_t c = 0; c < columns; c += task.x.copies) {
+    const int64_t row = (column + c) / task.x.copies;
+    float* y = out.y + (out.place ? out.place[row] : row) * out.stride;
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t begin = (first + p) * kLanes, lanes = least(kLanes, task.w.n - begin);
+      auto sum = V::load(totals + (c * width + p) * kLanes);
+      if (task.x.copies == 2) sum = V::add(sum, V::load(totals + ((c + 1) * width + p) * kLanes));
+      if (lanes == kLanes) {
+        if (out.bias) sum = V::add(sum, V::load(out.bias + begin));
+        if (out.adds) sum = V::add(sum, V::load(y + begin));
+        V::store(y + begin, sum);
+        continue;
+      }
+      alignas(64) float rest[kLanes];
+      V::store(rest, sum);
+      for (int64_t i = 0; i < lanes; ++i) {
+        float value = rest[i] + (out.bias ? out.bias[begin + i] : 0.0f);
+        if (out.adds) value += y[begin + i];
+        y[begin + i] = value;
+      }
+    }
+  }
+}
+
+// All columns of x in one group: tiles are decoded straight into registers.
+template <class V, class K, int P, int M>
+void direct(const Product& task, int64_t first, int64_t last) {
+  const int64_t padded = kvern::padded_k(task.w), bytes = padded / K::depth * kTileBytes;
+  const auto* tiles = static_cast<const uint8_t*>(task.w.tiles);
+  for (; first + P <= last; first += P) {
+    alignas(64) float totals[M * P * kLanes] = {};
+    const Panels<V, K, P, M> panels{task.w, padded, first};
+    panels.template add<K>(tiles + first * bytes, bytes, 0, padded, task.x.data, totals, P);
+    deliver<V>(task, first, P, totals, P, 0, M);
+  }
+  if constexpr (P > 1) direct<V, K, 1, M>(task, first, last);
+}
+
+// Many columns: kDepth columns of some panels are decoded once, into L1, and multiplied with each group of x in turn.
+template <class V, class K>
+struct Tiled {
+  static constexpr int kPanels = V::tiled_panels;
+  using D = typename K::Decoded;
+  const Product& task;
+  float* totals;  // [columns, kPanels, 16]
+  alignas(64) uint8_t decoded[kPanels][D::is_decoded ? kDepth / D::depth * kTileBytes : kTileBytes];
+
+  static void decode_tile(const uint8_t* tile, uint8_t* to) {
+    for (int step = 0; step < K::steps; ++step) {
+      typename V::reg w[K::registers];
+      K::decode(tile, step, w);
+      for (int u = 0; u < K::registers; ++u) V::keep(to + (step * K::registers + u) * kTileBytes, w[u]);
+    }
+  }
+
+  template <int P, int M>
+  void add(int64_t first, int64_t begin, int64_t count, const uint8_t* tiles, int64_t distance, int64_t column) {
+    const Columns& x = task.x;
+    const Panels<V, K, P, M> panels{task.w, kvern::padded_k(task.w), first};
+    const uint32_t* elements = x.data + column * x.elements + begin / D::depth * kElements<D> * M;
+    panels.template add<D>(tiles, distance, begin, count, elements, totals + column * kPanels * kLanes, kPanels);
+  }
+
+  template <int P, int M = V::columns>
+  void group(int64_t columns, int64_t first, int64_t begin, int64_t count, const uint8_t* tiles, int64_t distance,
+             int64_t column) {
+    if constexpr (M > 1) {
+      if (columns < M) return group<P, M - 1>(columns, first, begin, count, tiles, distance, column);
+    }
+    add<P, M>(first, begin, count, tiles, distance, column);
+  }
+
+  template <int P>
+  void panels(int64_t first) {
+    const int64_t padded = kvern::padded_k(task.w), bytes = padded / K::depth * kTileBytes;
+    std::memset(totals, 0, static_cast<size_t>(task.x.count * kPanels * kLanes) * sizeof(float));
+    for (int64_t begin = 0; begin < padded; begin += kDepth) {
+      const int64_t count = least(kDepth, padded - begin);
+      const uint8_t* tiles = static_cast<const uint8_t*>(task.w.tiles) + first * bytes + begin / K::depth * kTileBytes;
+      int64_t distance = bytes;
+      if constexpr (D::is_decoded) {
+        for (int p = 0; p < P; ++p) {
+          for (int64_t t = 0; t < count / K::depth; ++t) {
+            decode_tile(tiles + p * bytes + t * kTileBytes, decoded[p] + t * kElements<K> * kTileBytes);
+          }
+        }
+        tiles = decoded[0];
+        distance = sizeof decoded[0];
+      }
+      for (int64_t column = 0; column < task.x.count; column += task.x.group) {
+        group<P>(least(task.x.group, task.x.count - column), first, begin, count, tiles, distance, column);
+      }
+    }
+    deliver<V>(task, first, P, totals, kPanels, 0, task.x.count);
+  }
+};
+
+template <class V, class K, int M = V::columns>
+void multiply_direct(const Product& task, int64_t first, int64_t last) {
+  if constexpr (M > 1) {
+    if (task.x.count < M) return multiply_direct<V, K, M - 1>(task, first, last);
+  }
+  direct<V, K, V::panels(M), M>(task, first, last);
+}
+
+template <class V, class K>
+void multiply(const Product& task, int64_t first, int64_t last) {
+  if (task.x.count <= task.x.group) return multiply_direct<V, K>(task, first, last);
+  static thread_local std::vector<float> memory;
+  const auto numbers = static_cast<size_t>(task.x.count * V::tiled_panels * kLanes + kLanes);
+  if (memory.size() < numbers) memory.resize(numbers);
+  auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  Tiled<V, K> tiled{task, aligned, {}};
+  for (; first + V::tiled_panels <= last; first += V::tiled_panels) tiled.template panels<V::tiled_panels>(first);
+  for (; first < last; ++first) tiled.template panels<1>(first);
+}
+
+}  // namespace

@@ -1,0 +1,192 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace kvern {
+namespace {
+
+constexpr int64_t kArenaBytes = 1 << 20;
+constexpr int64_t kChunkBytes = 96 * 1024;  // of weights: 3 to 6 microseconds of memory traffic
+constexpr int64_t kChunkPanels = 4;         // kernels work on so many panels at a time
+
+void multiply_picks(const Product& product, const Source& source, int64_t first, int64_t last) {
+  const kvern_packed& w = product.w;
+  const Output& out = product.out;
+  for (int64_t r = 0; r < source.rows; ++r) {
+    const float* x = source.x + (source.place ? source.place[r] : r) * source.stride;
+    float* y = out.y + (out.place ? out.place[r] : r) * out.stride;
+    for (int64_t i = first * kLanes; i < std::min(last * kLanes, w.n); ++i) {
+      float value = w.factors[i] * x[w.picks[i]];
+      if (out.bias) value += out.bias[i];
+      y[i] = out.adds ? y[i] + value : value;
+    }
+  }
+}
+
+void run_chunk(const Product& product, const Source& source, int64_t first, int64_t last) {
+  if (product.w.kind == KVERN_PICKS) return multiply_picks(product, source, first, last);
+  packed_kernels().multiply[product.w.kind](product, first, last);
+}
+
+int64_t panel_bytes(const kvern_packed& w) {
+  return w.kind == KVERN_PICKS ? kLanes * 8 : kvern_packed_bytes(w.kind, kLanes, w.k);
+}
+
+int64_t chunk_panels(int64_t bytes) { return std::max<int64_t>(1, kChunkBytes / bytes / kChunkPanels) * kChunkPanels; }
+
+int copies_of(Order order, int activations) { return order == Order::kPairs && activations == KVERN_F32 ? 2 : 1; }
+
+// As many columns in each group as in the others, and whole rows.
+int64_t group_of(int64_t columns, int64_t most, int copies) {
+  most = most / copies * copies;
+  const int64_t groups = std::max<int64_t>(1, (columns + most - 1) / most);
+  return round_up((columns + groups - 1) / groups, copies);
+}
+
+}  // namespace
+
+const PackedKernels& packed_kernels() {
+#if defined(KVERN_X86)
+  const char* name = kernels_in_use().name;
+  if (std::strcmp(name, "avx512bf16") == 0) return kAvx512Bf16Packed;
+  if (std::strcmp(name, "avx512") == 0) return kAvx512Packed;
+  if (std::strcmp(name, "avx2") == 0) return kAvx2Packed;
+#endif
+  return kScalarPacked;
+}
+
+void* Arena::bytes(int64_t count) {
+  count = round_up(count, 64);
+  if (blocks_.empty() || used_ + count > blocks_.back().size) {
+    const int64_t size = std::max(count, kArenaBytes);
+    blocks_.push_back({std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(size + 64)]), size});
+    used_ = 0;
+  }
+  auto* start = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(blocks_.back().memory.get()) + 63) / 64 * 64);
+  void* piece = start + used_;
+  used_ += count;
+  return piece;
+}
+
+const int32_t* Arena::copy(const std::vector<int32_t>& numbers) {
+  auto* to = take<int32_t>(static_cast<int64_t>(numbers.size()));
+  std::copy(numbers.begin(), numbers.end(), to);
+  return to;
+}
+
+// Several blocks become one of their size, so that a step like the last needs no more.
+void Arena::clear() {
+  used_ = 0;
+  if (blocks_.size() < 2) return;
+  int64_t size = 0;
+  for (const Block& block : blocks_) size += block.size;
+  blocks_.clear();
+  blocks_.push_back({std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(size + 64)]), size});
+}
+
+Arrangement::Arrangement(const Source& from, int kind, int rounding, Arena& arena) : source(from), activations(rounding) {
+  order = kind == KVERN_PICKS ? Order::kSingles : packed_kernels().order[kind];
+  const int copies = copies_of(order, activations);
+  const int64_t elements = round_up(from.k, kPadding) / (order == Order::kPairs ? 2 : 1);
+  const int64_t most = kind == KVERN_PICKS ? 1 : packed_kernels().group[kind];
+  columns = {nullptr, from.rows * copies, group_of(from.rows * copies, most, copies), elements, copies};
+  if (kind == KVERN_PICKS) columns.count = 0;
+  columns.data = arena.take<uint32_t>(columns.count * elements);
+}
+
+void Arrangement::fill(int64_t group) const {
+  const RowKernels& rows = packed_kernels().rows;
+  const int64_t first = group * columns.group, count = std::min(columns.group, columns.count - first);
+  auto* to = const_cast<uint32_t*>(columns.data) + first * columns.elements;
+  for (int64_t c = 0; c < count; c += columns.copies) {
+    const int64_t row = (first + c) / columns.copies;
+    const float* x = source.x + (source.place ? source.place[row] : row) * source.stride;
+    if (order == Order::kPairs) {
+      rows.arrange_pairs(x, source.k, columns.elements, columns.copies, count, to + c);
+    } else {
+      rows.arrange_singles(x, source.k, columns.elements, activations != KVERN_F32, count, to + c);
+    }
+  }
+}
+
+void Arrangement::fill_all() const {
+  if (columns.count * columns.elements < kSerialNumbers) {
+    for (int64_t group = 0; group < groups(); ++group) fill(group);
+    return;
+  }
+  parallel_for(
+      groups(), [](const void* context, int64_t group) { static_cast<const Arrangement*>(context)->fill(group); }, this);
+}
+
+int64_t read_bytes(const kvern_packed& w) {
+  if (w.kind == KVERN_PICKS) return w.n * 8;
+  return kvern_packed_bytes(w.kind, w.n, w.k) + kvern_scale_bytes(w.kind, w.n, w.k, w.group);
+}
+
+void Products::add(const kvern_packed& w, const Arrangement& x, const Output& out) {
+  if (x.source.rows == 0) return;
+  const int64_t all = panels(w), step = chunk_panels(panel_bytes(w));
+  bytes_ += read_bytes(w);
+  for (int64_t first = 0; first < all; first += step) {
+    chunks_.push_back({{w, x.columns, out}, x.source, first, std::min(first + step, all)});
+  }
+}
+
+void Products::run() {
+  parallel_for(
+      static_cast<int64_t>(chunks_.size()),
+      [](const void* context, int64_t index) {
+        const Chunk& chunk = (*static_cast<const std::vector<Chunk>*>(context))[static_cast<size_t>(index)];
+        run_chunk(chunk.product, chunk.source, chunk.first, chunk.last);
+      },
+      &chunks_);
+  chunks_.clear();
+}
+
+void Sequence::add(const kvern_packed& w, const Arrangement& x, const Output& out) {
+  links_.push_back({{w, x.columns, out}, x.source});
+}
+
+int64_t Sequence::bytes() const {
+  int64_t sum = 0;
+  for (const Link& link : links_) sum += read_bytes(link.product.w);
+  return sum;
+}
+
+void Sequence::run() const {
+  if (links_.empty()) return;
+  int64_t bytes = 0;
+  for (const Link& link : links_) bytes += panel_bytes(link.product.w);
+  struct Work {
+    const std::vector<Link>& links;
+    int64_t all, step;
+  } work{links_, panels(links_[0].product.w), chunk_panels(bytes)};
+  parallel_for(
+      (work.all + work.step - 1) / work.step,
+      [](const void* context, int64_t index) {
+        const auto& mine = *static_cast<const Work*>(context);
+        const int64_t first = index * mine.step, last = std::min(first + mine.step, mine.all);
+        for (const Link& link : mine.links) run_chunk(link.product, link.source, first, last);
+      },
+      &work);
+}
+
+}  // namespace kvern
+
+using namespace kvern;
+
+int kvern_multiply(const kvern_packed* w, const float* x, int64_t m, int activations, const float* bias, float* y) {
+  if (!w || !x || !y || m < 0 || (activations != KVERN_F32 && activations != KVERN_BF16)) return KVERN_BAD_ARGUMENT;
+  thread_local Arena arena;
+  arena.clear();
+  const Arrangement columns({x, w->k, nullptr, m, w->k}, w->kind, activations, arena);
+  columns.fill_all();
+  Products products;
+  products.add(*w, columns, {y, w->n, nullptr, bias, false});
+  products.run();
+  return KVERN_OK;
+}

@@ -1,0 +1,96 @@
+#include "sound.h"
+
+#include "kvern.h"
+#include "packed.h"
+
+namespace kvern {
+namespace {
+
+bool has_shape(const kvern_packed& w, int64_t n, int64_t k) { return w.n == n && w.k == k && fits(w); }
+
+// Of one kind as well: the heads share what is arranged for their products.
+bool each_has_shape(const kvern_packed* w, int64_t count, int64_t n, int64_t k) {
+  if (count > 0 && !w) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!has_shape(w[i], n, k) || w[i].kind != w[0].kind) return false;
+  }
+  return true;
+}
+
+bool attention_fits(const kvern_layer& layer) {
+  const int64_t heads = layer.heads, size = layer.nope + layer.rope, latent = layer.rank + layer.rope;
+  if (heads < 1 || layer.nope < 0 || layer.rope < 0 || layer.rope % 2 || size < 1 || layer.value < 1 || layer.rank < 1) return false;
+  if (layer.q_rank < 0 || !layer.input_norm || !layer.kv_norm || !layer.post_norm) return false;
+  const int64_t q_width = layer.q_rank ? layer.q_rank : heads * size;
+  if (!has_shape(layer.q_a, q_width, layer.hidden) || !has_shape(layer.kv_a, latent, layer.hidden)) return false;
+  if (layer.q_rank && (!layer.q_norm || !has_shape(layer.q_b, heads * size, layer.q_rank))) return false;
+  const int64_t keyed = layer.nope ? heads : 0;
+  return each_has_shape(layer.absorb, keyed, layer.rank, layer.nope) &&
+         each_has_shape(layer.keys, keyed, layer.nope, layer.rank) &&
+         each_has_shape(layer.values, heads, layer.value, layer.rank) &&
+         has_shape(layer.o_proj, layer.hidden, heads * layer.value);
+}
+
+bool experts_fit(const kvern_layer& layer) {
+  if (layer.common < 0 || layer.routed < 0 || !layer.experts) return false;
+  for (int64_t e = 0; e < layer.common + layer.routed; ++e) {
+    const kvern_expert& expert = layer.experts[e];
+    if (!has_shape(expert.gate, expert.down.k, layer.hidden) || !has_shape(expert.up, expert.down.k, layer.hidden) ||
+        !has_shape(expert.down, layer.hidden, expert.down.k)) {
+      return false;
+    }
+  }
+  if (!layer.routed) return layer.common > 0;
+  return layer.gate_bias && has_shape(layer.gate, layer.routed, layer.hidden) && layer.groups >= 1 &&
+         layer.routed % layer.groups == 0 && layer.kept_groups >= 1 && layer.kept_groups <= layer.groups &&
+         layer.top_k >= 1 && layer.top_k <= layer.kept_groups * (layer.routed / layer.groups);
+}
+
+bool books_are_sound(const kvern_step& step) {
+  if (!step.starts || !step.contexts || !step.tables || step.starts[0] != 0 ||
+      step.starts[step.sequences] != step.tokens) {
+    return false;
+  }
+  for (int64_t s = 0; s < step.sequences; ++s) {
+    const int64_t count = int64_t{step.starts[s + 1]} - step.starts[s];
+    const int64_t blocks = (step.contexts[s] + step.block_size - 1) / step.block_size;
+    if (count < 0 || step.contexts[s] < count || blocks > step.table_stride) return false;
+    for (int64_t b = 0; count && b < blocks; ++b) {
+      const int64_t block = step.tables[s * step.table_stride + b];
+      if (block < 0 || block >= step.row_count / step.block_size) return false;
+    }
+  }
+  return true;
+}
+
+bool is_float(int dtype) { return dtype == KVERN_F32 || dtype == KVERN_BF16; }
+
+}  // namespace
+
+bool fits(const kvern_packed& w) {
+  if (w.n < 1 || w.k < 1) return false;
+  if (w.kind == KVERN_PICKS) {
+    if (!w.picks || !w.factors) return false;
+    for (int64_t i = 0; i < w.n; ++i) {
+      if (w.picks[i] < 0 || w.picks[i] >= w.k) return false;
+    }
+    return true;
+  }
+  if (w.kind < KVERN_F32 || w.kind > KVERN_INT4 || !w.tiles) return false;
+  if (w.kind == KVERN_INT4) return w.scales && kvern_scale_bytes(w.kind, w.n, w.k, w.group) > 0;
+  return w.kind != KVERN_F8_E4M3 || w.scales;
+}
+
+bool fits(const kvern_layer& layer) { return layer.hidden >= 1 && attention_fits(layer) && experts_fit(layer); }
+
+bool is_sound(const kvern_layer& layer, const kvern_step& step) {
+  if (step.tokens < 1 || step.sequences < 1 || step.block_size < 1 || step.row_count < 1 || step.table_stride < 1) return false;
+  if (!step.x || !step.slots || (layer.rope && !step.rotation) || step.row_stride < layer.rank + layer.rope) return false;
+  if (!is_float(step.rows_dtype) || !is_float(step.activations) || !books_are_sound(step)) return false;
+  for (int64_t t = 0; t < step.tokens; ++t) {
+    if (step.slots[t] < 0 || step.slots[t] >= step.row_count) return false;
+  }
+  return true;
+}
+
+}  // namespace kvern

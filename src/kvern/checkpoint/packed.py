@@ -1,0 +1,169 @@
+"""Keeps packed weights in a file beside the checkpoint, so that a model starts from a mapping instead of a conversion.
+
+    8 bytes magic | tensors, each at a multiple of 64 | index (JSON) | offset, length and hash of the index, hash of the
+    tensors, 8 bytes each
+
+The file belongs to one arrangement of tiles (the CPU's, see `ops.packed.order`), one version of the format and one
+state of the checkpoint (names, sizes and times of its files): where any of these differs, or the hashes do, it is
+written anew. It is written under another name and renamed when complete, so that a reader sees all of it or none. Where
+the folder cannot be written to, the packed weights stay in memory.
+
+What it gives up: disk space of the size of the checkpoint. Without it the checkpoint still runs (model.Transformer).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from kvern.checkpoint.reader import CONFIG_FILE, SafetensorsFolder
+from kvern.checkpoint.save import Progress
+from kvern.model import Transformer
+from kvern.model.packed import PackedNow, PackedTransformer, PackedWeights
+from kvern.ops import packed
+
+MAGIC = b"KVPACK01"
+VERSION = 1
+ALIGNMENT = 64
+FOOTER = struct.Struct("<QQQQ")
+PARTS = ("tiles", "scales", "picks", "factors")
+
+
+def packed_transformer(model: Transformer, folder: Path, progress: Progress | None = None) -> PackedTransformer:
+    """The packed form of a model that was loaded, as stored, from `folder`; packs at most once a checkpoint and CPU."""
+    path, source = _path(folder, model), _source(folder)
+    if (weights := _open(path, source)) is not None:
+        return PackedTransformer(model, weights)
+    try:
+        _write(path, source, model, progress)
+    except OSError:
+        return PackedTransformer(model, PackedNow())
+    weights = _open(path, source)
+    return PackedTransformer(model, weights if weights is not None else PackedNow())
+
+
+class PackedFile:
+    """The weights of a complete, fitting file, as views of its mapping."""
+
+    def __init__(self, data: Tensor, index: dict[str, Any]) -> None:
+        self._data, self._index = data, index
+
+    def get(self, name: str, make: Callable[[], packed.Packed]) -> packed.Packed:
+        """The stored weight; packed now where the file has none of that name."""
+        entry = self._index.get(name)
+        if entry is None:
+            return make()
+        parts = {part: self._tensor(part, *entry[part]) for part in PARTS if part in entry}
+        return packed.Packed(packed.Kind(entry["kind"]), entry["n"], entry["k"], entry["group"], **parts)
+
+    def _tensor(self, part: str, start: int, length: int) -> Tensor:
+        data = self._data[start : start + length]
+        return data.view({"picks": torch.int32, "factors": torch.float32}.get(part, torch.uint8))
+
+
+class _Writer:
+    """Stands in for the stored weights while a model is packed for the first time: writes each and lets it go."""
+
+    def __init__(self, stream: BinaryIO, total: int, progress: Progress | None) -> None:
+        self.stream, self.total, self.progress = stream, total, progress
+        self.index: dict[str, Any] = {}
+
+    def get(self, name: str, make: Callable[[], packed.Packed]) -> packed.Packed:
+        """Pack and write."""
+        if name not in self.index:
+            one = make()
+            entry: dict[str, Any] = {"kind": int(one.kind), "n": one.n, "k": one.k, "group": one.group}
+            for part in PARTS:
+                if (tensor := getattr(one, part)) is not None:
+                    entry[part] = self._put(tensor)
+            self.index[name] = entry
+            if self.progress is not None:
+                self.progress(min(self.stream.tell(), self.total), self.total, name)
+            return one
+        return make()
+
+    def _put(self, tensor: Tensor) -> tuple[int, int]:
+        self.stream.write(bytes(-self.stream.tell() % ALIGNMENT))
+        start = self.stream.tell()
+        self.stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        return start, self.stream.tell() - start
+
+
+def _write(path: Path, source: str, model: Transformer, progress: Progress | None) -> None:
+    """Pack layer by layer into a file that takes its name when it is complete."""
+    descriptor, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w+b") as stream:
+            stream.write(MAGIC)
+            writer = _Writer(stream, _bytes(model), progress)
+            PackedTransformer(model, writer)
+            stream.write(bytes(-stream.tell() % ALIGNMENT))
+            end = stream.tell()
+            stream.flush()
+            checksum = packed.content_hash(_map(stream.fileno(), end))
+            index = json.dumps({"version": VERSION, "source": source, "weights": writer.index}).encode()
+            stream.write(index + FOOTER.pack(end, len(index), _hash(index), checksum))
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _open(path: Path, source: str) -> PackedWeights | None:
+    """The weights of the file, where it is whole, of this version and of this checkpoint."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            if size < len(MAGIC) + FOOTER.size:
+                return None
+            data = _map(stream.fileno(), size)
+    except OSError:
+        return None
+    start, length, index_hash, data_hash = FOOTER.unpack(bytes(data[-FOOTER.size :].tolist()))
+    text = bytes(data[start : start + length].numpy())
+    if bytes(data[: len(MAGIC)].tolist()) != MAGIC or start + length + FOOTER.size != size or _hash(text) != index_hash:
+        return None
+    index = json.loads(text)
+    if (index["version"], index["source"]) != (VERSION, source) or packed.content_hash(data[:start]) != data_hash:
+        return None
+    return PackedFile(data, index["weights"])
+
+
+def _map(descriptor: int, size: int) -> Tensor:
+    """The first `size` bytes of a file, mapped; writes would stay private."""
+    mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def _path(folder: Path, model: Transformer) -> Path:
+    mtp = "-mtp" if len(model.model.layers) > model.config.num_hidden_layers else ""
+    return folder / f"packed-{packed.order()}{mtp}.bin"
+
+
+def _source(folder: Path) -> str:
+    """A fingerprint of the checkpoint's state."""
+    files = [folder / CONFIG_FILE, *SafetensorsFolder(folder).files()]
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
+
+
+def _bytes(model: Transformer) -> int:
+    """About how large the file will be: what a step reads, the embedding left out."""
+    return sum(one.numel() * one.element_size() for name, one in model.named_parameters() if "embed_tokens" not in name)

@@ -1,0 +1,260 @@
+"""Weights packed into tiles, and decoder layers over them: the fast path of the CPU kernels (csrc/kvern_layer.h).
+
+A panel holds 16 rows of W side by side, so no sum crosses lanes, and each weight is read once, as it is stored, from
+one stream. A layer is one call on the step's buffers, with no torch op inside. A row of the result depends on its own
+token and context alone, bit for bit, whatever else is in the batch.
+
+Activations stay FP32 between products; what enters a product is rounded to BF16, or, for FP32, split into the two BF16
+numbers that hold 16 bits of its mantissa (on CPUs without BF16 dot products: not rounded at all). What this gives up:
+autograd, devices other than the CPU, and a second copy of the weights on disk (see checkpoint.packed).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from kvern.errors import KvernError
+from kvern.ops.library import CODES, library, loaded
+from kvern.ops.reference import BLOCK
+
+FP8 = torch.float8_e4m3fn
+HAS_NAN = 3
+COUNTERS = ("project", "attend", "output", "route", "experts", "head", "weight_bytes", "cache_bytes")
+"""What a step counts: nanoseconds of each stage; bytes of weights and of cache rows that had to be read."""
+
+
+class Kind(IntEnum):
+    """How a packed weight is stored; the first three are the codes of the dtypes."""
+
+    F32 = 0
+    BF16 = 1
+    E4M3 = 2
+    INT4 = 3
+    PICKS = 4
+
+
+class Weight(ctypes.Structure):
+    """`kvern_packed`."""
+
+    _fields_ = (
+        ("tiles", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("picks", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+
+class Expert(ctypes.Structure):
+    """`kvern_expert`."""
+
+    _fields_ = (("gate", Weight), ("up", Weight), ("down", Weight))
+
+
+class Layer(ctypes.Structure):
+    """`kvern_layer`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "nope", "rope", "value", "rank", "q_rank")),
+        *((name, ctypes.c_float) for name in ("norm_eps", "latent_eps", "softmax_scale")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "q_norm", "kv_norm", "post_norm")),
+        *((name, Weight) for name in ("q_a", "kv_a")),
+        *((name, ctypes.c_void_p) for name in ("q_a_bias", "kv_a_bias")),
+        ("q_b", Weight),
+        *((name, ctypes.POINTER(Weight)) for name in ("absorb", "keys", "values")),
+        ("o_proj", Weight),
+        ("o_bias", ctypes.c_void_p),
+        ("experts", ctypes.POINTER(Expert)),
+        *((name, ctypes.c_int64) for name in ("common", "routed", "top_k", "groups", "kept_groups", "normalise")),
+        ("factor", ctypes.c_float),
+        ("gate", Weight),
+        ("gate_bias", ctypes.c_void_p),
+    )
+
+
+class Step(ctypes.Structure):
+    """`kvern_step`."""
+
+    _fields_ = (
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "rotation", "slots", "tables", "contexts", "starts", "expanded")),
+        *((name, ctypes.c_int64) for name in ("table_stride", "sequences", "block_size", "row_count", "row_stride")),
+        *((name, ctypes.c_int32) for name in ("rows_dtype", "activations")),
+        ("counters", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [n, k]: `tiles` and `scales` uint8, or `picks` int32 [n] and `factors` float32 [n]."""
+
+    kind: Kind
+    n: int
+    k: int
+    group: int = 0
+    tiles: Tensor | None = None
+    scales: Tensor | None = None
+    picks: Tensor | None = None
+    factors: Tensor | None = None
+
+    def struct(self) -> Weight:
+        """The C struct; the tensors must outlive it."""
+        tensors = (self.tiles, self.scales, self.picks, self.factors)
+        return Weight(*(address(one) for one in tensors), self.n, self.k, self.kind, self.group)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a product reads."""
+        tensors = (self.tiles, self.scales, self.picks, self.factors)
+        return sum(one.numel() * one.element_size() for one in tensors if one is not None)
+
+
+def available() -> bool:
+    """Whether there are kernels for packed weights."""
+    return library() is not None
+
+
+def order() -> str:
+    """The arrangement of tiles that the instruction set in use wants."""
+    return str(loaded().kvern_packed_order().decode())
+
+
+def pack(weight: Tensor, scale: Tensor | None = None, *, find_picks: bool = False) -> Packed:
+    """Pack weight [N, K] (float32, bfloat16, or E4M3 with its block scales) in its own kind.
+
+    E4M3 with a NaN becomes F32. `find_picks`: look whether each row has one number other than zero, at most, as the
+    selection matrices of exact imports do.
+    """
+    if find_picks and is_selection(weight):
+        return _picks(weight, scale)
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    packed, code = _pack(Kind(CODES[weight.dtype]), weight, scale)
+    if code == HAS_NAN:
+        packed, code = _pack(Kind.F32, weight, scale)
+    if code:
+        raise KvernError(f"weight {tuple(weight.shape)} of {weight.dtype} cannot be packed")
+    return packed
+
+
+def pack_int4(words: Tensor, scale: Tensor) -> Packed:
+    """Pack 4-bit groups: words int32 [N, K/8] (value + 8, the first in the lowest bits), scale bfloat16 [N, groups]."""
+    n, k = words.shape[0], words.shape[1] * 8
+    group = k // scale.shape[1]
+    packed, code = _pack(Kind.INT4, words.contiguous(), scale.contiguous(), k=k, group=group)
+    if code:
+        raise KvernError(f"4-bit weight {n} x {k} in groups of {group} cannot be packed")
+    return packed
+
+
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None, activations: torch.dtype = torch.float32) -> Tensor:
+    """x [M, K] float32 times a packed weight [N, K] transposed (+ bias [N] float32): [M, N] float32."""
+    x = x.contiguous()
+    out = torch.empty(len(x), packed.n)
+    if not len(x):
+        return out
+    weight = packed.struct()
+    code = loaded().kvern_multiply(
+        ctypes.byref(weight), x.data_ptr(), len(x), CODES[activations], address(bias), out.data_ptr()
+    )
+    assert code == 0, "kvern_multiply refused its arguments"
+    return out
+
+
+def check_layer(layer: Layer) -> None:
+    """AssertionError unless every size of the layer fits together."""
+    assert loaded().kvern_check_layer(ctypes.byref(layer)) == 0, "the packed layer's shapes do not fit together"
+
+
+def run_layer(layer: Layer, step: Step, rows: Tensor) -> None:
+    """step.x += attention(norm(x)), then += feed_forward(norm(x)); the latents go into `rows`, the layer's cache."""
+    if loaded().kvern_run_layer(ctypes.byref(layer), ctypes.byref(step), rows.data_ptr()):
+        raise IndexError("a context is too short, or a block or slot lies outside the cache")
+
+
+def run_head(
+    head: Packed | None, norm: Tensor, eps: float, step: Step, hidden: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(normed states [L, hidden], logits [L, vocab_size] or [L, 0]) float32 of the step's tokens `rows` int64 [L]."""
+    states = torch.empty(len(rows), hidden)
+    logits = torch.empty(len(rows), head.n if head else 0)
+    if not len(rows):
+        return states, logits
+    weight = ctypes.byref(head.struct()) if head else None
+    code = loaded().kvern_run_head(
+        weight,
+        norm.data_ptr(),
+        eps,
+        ctypes.byref(step),
+        hidden,
+        rows.data_ptr(),
+        len(rows),
+        states.data_ptr(),
+        logits.data_ptr(),
+    )
+    if code:
+        raise IndexError("a token whose logits are wanted is not in the step")
+    return states, logits
+
+
+def content_hash(data: Tensor) -> int:
+    """64-bit hash of a dense tensor's bytes, for integrity, not against forgery."""
+    return int(loaded().kvern_hash(data.data_ptr(), data.numel() * data.element_size()))
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's data begins; None of None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def array(weights: Sequence[Packed]) -> ctypes.Array[Weight]:
+    """The C array of some weights."""
+    return (Weight * len(weights))(*(one.struct() for one in weights))
+
+
+def _pack(kind: Kind, weight: Tensor, scale: Tensor | None, *, k: int = 0, group: int = 0) -> tuple[Packed, int]:
+    lib, n, k = loaded(), weight.shape[0], k or weight.shape[1]
+    tiles = torch.empty(lib.kvern_packed_bytes(kind, n, k), dtype=torch.uint8)
+    scales = torch.empty(lib.kvern_scale_bytes(kind, n, k, group), dtype=torch.uint8)
+    dtype = Kind.INT4 if kind is Kind.INT4 else CODES[weight.dtype]
+    stride = 0 if scale is None else scale.stride(0)
+    code = lib.kvern_pack(
+        address(tiles),
+        address(scales),
+        kind,
+        address(weight),
+        dtype,
+        weight.stride(0),
+        address(scale),
+        stride,
+        group,
+        n,
+        k,
+    )
+    return Packed(kind, n, k, group, tiles, scales if len(scales) else None), code
+
+
+def is_selection(weight: Tensor) -> bool:
+    """Whether no row has more than one number other than zero."""
+    return int(_used(weight).sum(1).max()) <= 1
+
+
+def _picks(weight: Tensor, scale: Tensor | None) -> Packed:
+    at = _used(weight).to(torch.uint8).argmax(1)
+    rows = torch.arange(len(weight))
+    factors = weight[rows, at].float()
+    if scale is not None:
+        factors = factors * scale[rows // BLOCK, at // BLOCK]
+    return Packed(Kind.PICKS, weight.shape[0], weight.shape[1], picks=at.to(torch.int32), factors=factors)
+
+
+def _used(weight: Tensor) -> Tensor:
+    return (weight.view(torch.uint8) & 0x7F if weight.dtype == FP8 else weight) != 0
