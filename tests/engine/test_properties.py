@@ -24,7 +24,9 @@ from kvern.engine.runner import Computed, Runner
 from kvern.engine.sampler import Row, sample
 from kvern.engine.scheduler import Chunk
 from kvern.errors import NonFiniteLogitsError
-from kvern.model import ForwardBatch, Transformer
+from kvern.model import ForwardBatch, Model, PackedTransformer, Transformer
+from kvern.model.packed import PackedNow
+from kvern.ops import packed
 
 VOCABULARY = 48
 CONTEXT = 64
@@ -57,6 +59,12 @@ def one_thread() -> Iterator[None]:
 @cache
 def model() -> Transformer:
     return tiny_model(tiny_config(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, eos_token_id=(EOS,)))
+
+
+@cache
+def served() -> Model:
+    """The model that engines get: packed where there are kernels, against the plain one that answers alone."""
+    return PackedTransformer(model(), PackedNow()) if packed.available() else model()
 
 
 @cache
@@ -252,7 +260,7 @@ def scenarios(draw: st.DrawFn) -> tuple[EngineSettings, list[Job]]:
 
 
 def scenario(chosen: EngineSettings, jobs: list[Job]) -> None:
-    engine = Engine(model(), settings=chosen)
+    engine = Engine(served(), settings=chosen)
     judge(engine, jobs, run(engine, jobs))
 
 
@@ -281,21 +289,21 @@ LARGE = replace(SMALL, cache_tokens=800, step_tokens=64)
 
 
 def test_a_cache_too_small_preempts_and_changes_nothing() -> None:
-    engine, jobs = Engine(model(), settings=SMALL), jobs_of(*(base[:14] for base in BASES))
+    engine, jobs = Engine(served(), settings=SMALL), jobs_of(*(base[:14] for base in BASES))
     judge(engine, jobs, run(engine, jobs))
     assert engine.stats().preemptions > 0
 
 
 @pytest.mark.parametrize("step_tokens", [5, 11, 64])
 def test_a_chunked_prompt_is_computed_once(step_tokens: int) -> None:
-    engine, jobs = Engine(model(), settings=replace(SMALL, step_tokens=step_tokens)), jobs_of(BASES[0][:22])
+    engine, jobs = Engine(served(), settings=replace(SMALL, step_tokens=step_tokens)), jobs_of(BASES[0][:22])
     outcome = run(engine, jobs)
     judge(engine, jobs, outcome)
     assert engine.stats().steps == -(-22 // step_tokens) + 11
 
 
 def test_a_long_prompt_does_not_hold_up_an_answer() -> None:
-    engine = Engine(model(), settings=replace(LARGE, step_tokens=5))
+    engine = Engine(served(), settings=replace(LARGE, step_tokens=5))
     short, long = (engine.add(base[:n], SamplingParams(max_tokens=6)) for base, n in ((BASES[0], 3), (BASES[1], 30)))
     told = [{update.request_id for update in engine.step()} for _ in range(5)]
     assert all(short in ids for ids in told)
@@ -304,7 +312,7 @@ def test_a_long_prompt_does_not_hold_up_an_answer() -> None:
 
 @pytest.mark.parametrize("shared", [0, 3, 4, 11, 12, 13, 20])
 def test_cached_tokens_are_the_full_blocks_of_the_shared_prefix(shared: int) -> None:
-    engine = Engine(model(), settings=LARGE)
+    engine = Engine(served(), settings=LARGE)
     first, second = BASES[0][:20], BASES[0][:shared] + BASES[1][shared:20]
     jobs = [*jobs_of(first), *jobs_of(second, first, arrives=30), *jobs_of(first, arrives=30, salt=b"other")]
     outcome = run(engine, jobs)
@@ -314,7 +322,7 @@ def test_cached_tokens_are_the_full_blocks_of_the_shared_prefix(shared: int) -> 
 
 
 def test_answers_are_cached_too() -> None:
-    engine = Engine(model(), settings=LARGE)
+    engine = Engine(served(), settings=LARGE)
     answer, _ = alone(BASES[0][:10], SamplingParams(max_tokens=12, ignore_eos=True), 40)
     jobs = [*jobs_of(BASES[0][:10]), *jobs_of((*BASES[0][:10], *answer, 9), arrives=20)]
     outcome = run(engine, jobs)
@@ -323,7 +331,7 @@ def test_answers_are_cached_too() -> None:
 
 
 def test_without_prefix_caching_nothing_is_found() -> None:
-    engine = Engine(model(), settings=replace(LARGE, prefix_caching=False))
+    engine = Engine(served(), settings=replace(LARGE, prefix_caching=False))
     jobs = [*jobs_of(BASES[0][:20]), *jobs_of(BASES[0][:20], arrives=20)]
     outcome = run(engine, jobs)
     judge(engine, jobs, outcome)
@@ -331,7 +339,7 @@ def test_without_prefix_caching_nothing_is_found() -> None:
 
 
 def test_a_broken_request_harms_no_other_that_shares_its_step() -> None:
-    engine = Engine(model(), settings=LARGE)
+    engine = Engine(served(), settings=LARGE)
     jobs = jobs_of(*(base[:9] for base in BASES))
     jobs[1] = replace(jobs[1], broken=3)
     outcome = run(engine, jobs)
@@ -340,7 +348,7 @@ def test_a_broken_request_harms_no_other_that_shares_its_step() -> None:
 
 
 def test_a_broken_prompt_whose_logprobs_were_asked_for_harms_no_other() -> None:
-    engine = Engine(model(), settings=LARGE)
+    engine = Engine(served(), settings=LARGE)
     scored = SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=True)
     jobs = [*jobs_of(BASES[0][:9]), *jobs_of(BASES[1][:9], params=scored, broken=0)]
     outcome = run(engine, jobs)
@@ -348,7 +356,7 @@ def test_a_broken_prompt_whose_logprobs_were_asked_for_harms_no_other() -> None:
 
 
 def test_what_a_preempted_request_had_computed_itself_is_no_cached_prompt() -> None:
-    engine = Engine(model(), settings=replace(SMALL, step_tokens=4))
+    engine = Engine(served(), settings=replace(SMALL, step_tokens=4))
     jobs = [*jobs_of(BASES[1][:20]), *jobs_of(BASES[0][:24], arrives=6)]
     outcome = run(engine, jobs)
     if engine.stats().preemptions != 1:

@@ -25,6 +25,7 @@ from tests.engine.test_properties import (
     one_thread,
     run,
     scenarios,
+    served,
 )
 
 from kvern.engine import Engine, EngineSettings, SamplingParams
@@ -36,7 +37,9 @@ from kvern.engine.scheduler import Chunk
 from kvern.engine.settings import Drafts
 from kvern.engine.speculative import Drafted, Speculator, equal_from_start
 from kvern.errors import ConfigError
-from kvern.model import ForwardBatch, Transformer
+from kvern.model import ForwardBatch, PackedTransformer, Transformer
+from kvern.model.packed import PackedNow
+from kvern.ops import packed
 
 __all__ = ["one_thread"]
 
@@ -105,7 +108,7 @@ def watch(engine: Engine, see: Callable[[Sequence[Chunk]], None]) -> None:
 
 
 def drafting(chosen: EngineSettings, guess: Guess, most: int = 5) -> Engine:
-    engine = Engine(model(), settings=chosen)
+    engine = Engine(served(), settings=chosen)
     engine.speculator = ScriptedSpeculator(most, guess)
     return engine
 
@@ -114,7 +117,7 @@ def drafting(chosen: EngineSettings, guess: Guess, most: int = 5) -> Engine:
 @given(scenarios(), st.sampled_from([1, 2, 16]))
 def test_prompt_lookup_changes_no_answer(case: tuple[EngineSettings, list[Job]], most: int) -> None:
     chosen, jobs = case
-    engine = Engine(model(), settings=replace(chosen, drafts="ngram", draft_tokens=most))
+    engine = Engine(served(), settings=replace(chosen, drafts="ngram", draft_tokens=most))
     judge(engine, jobs, run(engine, jobs))
 
 
@@ -124,7 +127,7 @@ def test_right_and_wrong_drafts_change_no_answer(
     case: tuple[EngineSettings, list[Job]], wrong_every: int, most: int
 ) -> None:
     chosen, jobs = case
-    context = Engine(model(), settings=chosen).max_context
+    context = Engine(served(), settings=chosen).max_context
     engine = drafting(chosen, truth(jobs, context, wrong_every), most)
     judge(engine, jobs, run(engine, jobs))
 
@@ -261,6 +264,7 @@ def mtp_model(seed: int = 0) -> Transformer:
 
 
 MTP = mtp_model()
+SERVED = PackedTransformer(MTP, PackedNow()) if packed.available() else MTP
 
 
 BY_MTP: tuple[Drafts, ...] = ("auto", "mtp")
@@ -270,7 +274,7 @@ BY_MTP: tuple[Drafts, ...] = ("auto", "mtp")
 @given(scenarios(), st.sampled_from(BY_MTP), st.sampled_from([1, 3]), st.booleans())
 def test_mtp_changes_no_answer(case: tuple[EngineSettings, list[Job]], drafts: Drafts, most: int, always: bool) -> None:
     chosen, jobs = case
-    engine = Engine(MTP, settings=replace(chosen, drafts=drafts, draft_tokens=most))
+    engine = Engine(SERVED, settings=replace(chosen, drafts=drafts, draft_tokens=most))
     if always:
         engine.speculator = Speculator(most, free, ngram=drafts == "auto", mtp=True)
     judge(engine, jobs, run(engine, jobs))
@@ -297,7 +301,7 @@ def reference_drafts(tokens: list[int], count: int) -> list[int]:
 )
 def test_mtp_drafts_are_those_of_the_whole_sequence(chosen: EngineSettings, preempts: bool) -> None:
     """After chunks, accepted and rejected drafts, prefix hits with the same continuation, and preemption."""
-    engine = Engine(MTP, settings=replace(chosen, drafts="mtp", draft_tokens=3))
+    engine = Engine(SERVED, settings=replace(chosen, drafts="mtp", draft_tokens=3))
     engine.speculator = Speculator(3, free, ngram=False, mtp=True)
     drafts: list[int] = []
 
@@ -320,7 +324,7 @@ def test_mtp_drafts_are_those_of_the_whole_sequence(chosen: EngineSettings, pree
 
 def test_mtp_alone_needs_an_mtp_layer() -> None:
     with pytest.raises(ConfigError, match="no MTP layer"):
-        Engine(model(), settings=replace(LARGE, drafts="mtp"))
+        Engine(served(), settings=replace(LARGE, drafts="mtp"))
 
 
 @pytest.mark.parametrize(
