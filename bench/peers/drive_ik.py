@@ -6,9 +6,9 @@ The wheel has no benchmark program, and ik_llama.cpp's own batched one feeds tok
 them choose the same experts. This one feeds random tokens, as llama.cpp's does. Settings: MLA form 3, flash attention,
 weights repacked at load, fused MoE up and gate (`-mla 3 -fa 1 -rtr 1 -fmoe 1` of its command line).
 
-Several sequences share the rows of their prompt: its flash attention looks only at the first row of each block of the
-cache to see whether a batch needs the block, and stops (`S > 0`) when sequences have nothing in common. Blocks that it
-passes over for that reason count in its favour.
+Several sequences run without flash attention. It looks only at the first row of each block of the cache to see whether a
+batch needs the block, which is wrong for rows of several sequences: it stops (`S > 0`), or, where they share their
+prompt, passes rows over and computes other logits (docs/peers.md has the figures).
 
 Runs in the peer's environment: nothing but the standard library and `ik_llama_cpp`.
 """
@@ -42,7 +42,7 @@ class Model:
         params.n_ctx, params.n_seq_max = context * sequences, sequences
         params.n_batch, params.n_ubatch = BATCH, UBATCH
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn, params.mla_attn, params.fused_moe_up_gate = True, 3, True
+        params.flash_attn, params.mla_attn, params.fused_moe_up_gate = sequences == 1, 3, True
         self.context = api.llama_init_from_model(self.handle, params)
         if not self.context:
             raise SystemExit("ik_llama.cpp makes no context")
@@ -71,16 +71,12 @@ class Model:
         for at in wanted:
             api.llama_get_logits_ith(self.context, at)
 
-    def prompt(self, sequences: int, tokens: int) -> None:
-        """Compute a prompt from position 0 on, logits of its last token, and let all sequences begin with it."""
+    def prompt(self, sequence: int, tokens: int) -> None:
+        """Compute a prompt from position 0 on, logits of its last token."""
         for first in range(0, tokens, BATCH):
             last = min(first + BATCH, tokens)
             ends = {last - first - 1} if last == tokens else set()
-            self.compute([(0, position) for position in range(first, last)], ends)
-        copy = api._lib.llama_kv_cache_seq_cp
-        copy.argtypes, copy.restype = [ctypes.c_void_p, *[ctypes.c_int32] * 4], None
-        for sequence in range(1, sequences):
-            copy(self.context, 0, sequence, -1, -1)
+            self.compute([(sequence, position) for position in range(first, last)], ends)
 
     def clear(self) -> None:
         """Forget all sequences."""
@@ -90,7 +86,8 @@ class Model:
 def decode_rate(model: Model, tokens: int, batch: int, depth: int) -> float:
     """Tokens a second of all sequences together."""
     start_at = depth or PROMPT
-    model.prompt(batch, start_at)
+    for sequence in range(batch):
+        model.prompt(sequence, start_at)
     everything = set(range(batch))
     for step in range(WARM_STEPS):
         model.compute([(sequence, start_at + step) for sequence in range(batch)], everything)
@@ -102,10 +99,10 @@ def decode_rate(model: Model, tokens: int, batch: int, depth: int) -> float:
 
 def prefill_rate(model: Model, tokens: int) -> float:
     """Prompt tokens a second, after a short prompt that warms up."""
-    model.prompt(1, min(tokens, UBATCH))
+    model.prompt(0, min(tokens, UBATCH))
     model.clear()
     start = time.perf_counter()
-    model.prompt(1, tokens)
+    model.prompt(0, tokens)
     return tokens / (time.perf_counter() - start)
 
 
