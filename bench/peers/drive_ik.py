@@ -6,8 +6,8 @@ The wheel has no benchmark program, and ik_llama.cpp's own batched one feeds tok
 them choose the same experts. This one feeds random tokens, as llama.cpp's does. Settings: MLA form 3, flash attention,
 weights repacked at load, fused MoE up and gate (`-mla 3 -fa 1 -rtr 1 -fmoe 1` of its command line).
 
-Several sequences run without flash attention. It looks only at the first row of each block of the cache to see whether a
-batch needs the block, which is wrong for rows of several sequences: it stops (`S > 0`), or, where they share their
+Several sequences run without flash attention. It looks only at the first row of each block of the cache to see whether
+a batch needs the block, which is wrong for rows of several sequences: it stops (`S > 0`), or, where they share their
 prompt, passes rows over and computes other logits (docs/peers.md has the figures).
 
 Runs in the peer's environment: nothing but the standard library and `ik_llama_cpp`.
