@@ -5,21 +5,24 @@
 
 The file belongs to one arrangement of tiles (the CPU's, see `ops.packed.order`), one version of the format and one
 state of the checkpoint (names, sizes and times of its files): where any of these differs, or the hashes do, it is
-written anew. It is written under another name and renamed when complete, so that a reader sees all of it or none. Where
-the folder cannot be written to, the packed weights stay in memory.
+written anew. It is written as `NAME.part`, held by one process at a time, and renamed when complete: a reader sees all
+of it or none, whoever comes second waits and finds it, and what a killed writer left is written over. Where the folder
+cannot be written to, the packed weights stay in memory.
 
-What it gives up: disk space of the size of the checkpoint. Without it the checkpoint still runs (model.Transformer).
+What it gives up: disk space of the size of the checkpoint, and memory of that size while it is written. Without it the
+checkpoint still runs (model.Transformer).
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import struct
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from kvern.checkpoint.reader import CONFIG_FILE, SafetensorsFolder
 from kvern.checkpoint.save import Progress
+from kvern.errors import CheckpointError
 from kvern.model import Transformer
 from kvern.model.packed import PackedNow, PackedTransformer, PackedWeights
 from kvern.ops import packed
@@ -42,29 +46,33 @@ PARTS = ("tiles", "scales", "picks", "factors")
 def packed_transformer(model: Transformer, folder: Path, progress: Progress | None = None) -> PackedTransformer:
     """The packed form of a model that was loaded, as stored, from `folder`; packs at most once a checkpoint and CPU."""
     path, source = _path(folder, model), _source(folder)
-    if (weights := _open(path, source)) is not None:
-        return PackedTransformer(model, weights)
-    try:
-        _write(path, source, model, progress)
-    except OSError:
-        return PackedTransformer(model, PackedNow())
     weights = _open(path, source)
-    return PackedTransformer(model, weights if weights is not None else PackedNow())
+    if weights is None:
+        try:
+            weights = _written(path, source, model, progress)
+        except OSError:
+            weights = None
+    return PackedTransformer(model, PackedNow() if weights is None else weights)
 
 
 class PackedFile:
     """The weights of a complete, fitting file, as views of its mapping."""
 
-    def __init__(self, data: Tensor, index: dict[str, Any]) -> None:
-        self._data, self._index = data, index
+    def __init__(self, path: Path, data: Tensor, index: dict[str, Any]) -> None:
+        self.path, self._data, self._index = path, data, index
 
     def get(self, name: str, make: Callable[[], packed.Packed]) -> packed.Packed:
-        """The stored weight; packed now where the file has none of that name."""
+        """The stored weight; packed now where the file has none of that name. CheckpointError where parts are short."""
         entry = self._index.get(name)
         if entry is None:
             return make()
         parts = {part: self._tensor(part, *entry[part]) for part in PARTS if part in entry}
-        return packed.Packed(packed.Kind(entry["kind"]), entry["n"], entry["k"], entry["group"], **parts)
+        one = packed.Packed(packed.Kind(entry["kind"]), entry["n"], entry["k"], entry["group"], **parts)
+        if not one.is_whole:
+            raise CheckpointError(
+                "packed weight lacks bytes", file=self.path, tensor=name, hint="delete the file, it is written anew"
+            )
+        return one
 
     def _tensor(self, part: str, start: int, length: int) -> Tensor:
         data = self._data[start : start + length]
@@ -72,7 +80,7 @@ class PackedFile:
 
 
 class _Writer:
-    """Stands in for the stored weights while a model is packed for the first time: writes each and lets it go."""
+    """Stands in for the stored weights while a model is packed for the first time: packs and writes each."""
 
     def __init__(self, stream: BinaryIO, total: int, progress: Progress | None) -> None:
         self.stream, self.total, self.progress = stream, total, progress
@@ -99,27 +107,55 @@ class _Writer:
         return start, self.stream.tell() - start
 
 
-def _write(path: Path, source: str, model: Transformer, progress: Progress | None) -> None:
-    """Pack layer by layer into a file that takes its name when it is complete."""
-    descriptor, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+def _written(path: Path, source: str, model: Transformer, progress: Progress | None) -> PackedWeights | None:
+    """The weights of the file that this process wrote, or another one while this one waited."""
+    part = path.with_name(path.name + ".part")
+    with _held(part) as stream:
+        weights = _open(path, source)
+        if weights is not None:
+            part.unlink()
+            return weights
+        try:
+            _write(stream, source, model, progress)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    return _open(path, source)
+
+
+@contextmanager
+def _held(part: Path) -> Iterator[BinaryIO]:
+    """The file of that name, for this process alone and empty; waits for the one that holds it."""
+    while True:
+        with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "w+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if _is_named(stream, part):
+                stream.truncate(0)
+                yield stream
+                return
+
+
+def _is_named(stream: BinaryIO, path: Path) -> bool:
+    """Whether the open file still has this name: another process may have renamed or removed it."""
     try:
-        with os.fdopen(descriptor, "w+b") as stream:
-            stream.write(MAGIC)
-            writer = _Writer(stream, _bytes(model), progress)
-            PackedTransformer(model, writer)
-            stream.write(bytes(-stream.tell() % ALIGNMENT))
-            end = stream.tell()
-            stream.flush()
-            checksum = packed.content_hash(_map(stream.fileno(), end))
-            index = json.dumps({"version": VERSION, "source": source, "weights": writer.index}).encode()
-            stream.write(index + FOOTER.pack(end, len(index), _hash(index), checksum))
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _write(stream: BinaryIO, source: str, model: Transformer, progress: Progress | None) -> None:
+    stream.write(MAGIC)
+    writer = _Writer(stream, _bytes(model), progress)
+    PackedTransformer(model, writer)
+    stream.write(bytes(-stream.tell() % ALIGNMENT))
+    end = stream.tell()
+    stream.flush()
+    checksum = packed.content_hash(_map(stream.fileno(), end))
+    index = json.dumps({"version": VERSION, "source": source, "weights": writer.index}).encode()
+    stream.write(index + FOOTER.pack(end, len(index), _hash(index), checksum))
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def _open(path: Path, source: str) -> PackedWeights | None:
@@ -132,19 +168,24 @@ def _open(path: Path, source: str) -> PackedWeights | None:
             data = _map(stream.fileno(), size)
     except OSError:
         return None
-    start, length, index_hash, data_hash = FOOTER.unpack(bytes(data[-FOOTER.size :].tolist()))
+    start, length, index_hash, data_hash = FOOTER.unpack(bytes(data[-FOOTER.size :].numpy()))
+    if bytes(data[: len(MAGIC)].numpy()) != MAGIC or start + length + FOOTER.size != size:
+        return None
     text = bytes(data[start : start + length].numpy())
-    if bytes(data[: len(MAGIC)].tolist()) != MAGIC or start + length + FOOTER.size != size or _hash(text) != index_hash:
+    if _hash(text) != index_hash:
         return None
     index = json.loads(text)
-    if (index["version"], index["source"]) != (VERSION, source) or packed.content_hash(data[:start]) != data_hash:
+    if (index.get("version"), index.get("source")) != (VERSION, source):
         return None
-    return PackedFile(data, index["weights"])
+    if packed.content_hash(data[:start]) != data_hash:
+        return None
+    return PackedFile(path, data, index["weights"])
 
 
 def _map(descriptor: int, size: int) -> Tensor:
     """The first `size` bytes of a file, mapped; writes would stay private."""
-    mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+    mapping = mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvern.config import ModelConfig
+from kvern.errors import KvernError
 from kvern.model.attention import LATENT_EPS, Attention, split_forms
 from kvern.model.batch import ForwardBatch, PagedLatents
 from kvern.model.layer import DecoderLayer
@@ -359,4 +360,7 @@ def _linear(linear: Linear, name: str, weights: PackedWeights) -> packed.Packed:
         assert linear.weight is not None
         return packed.pack(linear.weight, linear.weight_scale_inv, find_picks=name.endswith("q_b_proj"))
 
-    return weights.get(name, make)
+    one = weights.get(name, make)
+    if (one.n, one.k) != (linear.outputs, linear.inputs):
+        raise KvernError(f"packed weight {name} is {one.n} x {one.k}, the model's {linear.outputs} x {linear.inputs}")
+    return one

@@ -117,6 +117,14 @@ class Packed:
         tensors = (self.tiles, self.scales, self.picks, self.factors)
         return sum(one.numel() * one.element_size() for one in tensors if one is not None)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensors have the bytes that kind, n, k and group ask for."""
+        if self.kind is Kind.PICKS:
+            return all(one is not None and len(one) == self.n for one in (self.picks, self.factors))
+        sizes = _storage(self.kind, self.n, self.k, self.group)
+        return sizes == tuple(0 if one is None else len(one) for one in (self.tiles, self.scales))
+
 
 def available() -> bool:
     """Whether there are kernels for packed weights."""
@@ -221,12 +229,11 @@ def array(weights: Sequence[Packed]) -> ctypes.Array[Weight]:
 
 
 def _pack(kind: Kind, weight: Tensor, scale: Tensor | None, *, k: int = 0, group: int = 0) -> tuple[Packed, int]:
-    lib, n, k = loaded(), weight.shape[0], k or weight.shape[1]
-    tiles = torch.empty(lib.kvern_packed_bytes(kind, n, k), dtype=torch.uint8)
-    scales = torch.empty(lib.kvern_scale_bytes(kind, n, k, group), dtype=torch.uint8)
+    n, k = weight.shape[0], k or weight.shape[1]
+    tiles, scales = (torch.empty(size, dtype=torch.uint8) for size in _storage(kind, n, k, group))
     dtype = Kind.INT4 if kind is Kind.INT4 else CODES[weight.dtype]
     stride = 0 if scale is None else scale.stride(0)
-    code = lib.kvern_pack(
+    code = loaded().kvern_pack(
         address(tiles),
         address(scales),
         kind,
@@ -240,6 +247,11 @@ def _pack(kind: Kind, weight: Tensor, scale: Tensor | None, *, k: int = 0, group
         k,
     )
     return Packed(kind, n, k, group, tiles, scales if len(scales) else None), code
+
+
+def _storage(kind: Kind, n: int, k: int, group: int) -> tuple[int, int]:
+    """Bytes of tiles and scales."""
+    return int(loaded().kvern_packed_bytes(kind, n, k)), int(loaded().kvern_scale_bytes(kind, n, k, group))
 
 
 def is_selection(weight: Tensor) -> bool:
