@@ -39,10 +39,10 @@ class RandomRows:
     def __init__(self, layer: int, rows_RD: Tensor) -> None:
         self.layer, self.rows_RD = layer, rows_RD
 
-    def __call__(self, step: PackedStep, rows: Tensor) -> None:
+    def __call__(self, step: PackedStep, index: int) -> None:
         """Only the rows of the step's tokens are written."""
-        count = len(step.slots)
-        rows.index_copy_(0, step.slots, self.rows_RD[self.layer : self.layer + count].to(rows.dtype))
+        slots, rows = step.pages.slots, step.pages.rows[index]
+        rows.index_copy_(0, slots, self.rows_RD[self.layer : self.layer + len(slots)].to(rows.dtype))
 
 
 def fill(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:

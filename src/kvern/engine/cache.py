@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,25 +40,18 @@ class PagedCache:
     def step(self, spans: Sequence[Span]) -> StepCache:
         """The view of one forward pass over `spans`, in the batch's order."""
         size = self.block_size
-        contexts = [span.computed + span.count for span in spans]
-        width = max(-(-context // size) for context in contexts)
-        tables = torch.zeros(len(spans), width, dtype=torch.int32)
-        starts = [0]
-        for row, (span, context) in enumerate(zip(spans, contexts, strict=True)):
-            used = -(-context // size)
-            tables[row, :used] = torch.tensor(span.blocks[:used], dtype=torch.int32)
-            starts.append(starts[-1] + span.count)
-        positions = torch.cat([torch.arange(span.computed, span.computed + span.count) for span in spans])
-        owners = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.count for span in spans]))
-        slots = tables[owners, positions // size].long() * size + positions % size
-        return StepCache(
-            self,
-            tables,
-            torch.tensor(contexts, dtype=torch.int32),
-            torch.tensor(starts, dtype=torch.int32),
-            positions,
-            slots,
-        )
+        counts = np.array([span.count for span in spans])
+        computed = np.array([span.computed for span in spans])
+        starts = np.concatenate([[0], counts.cumsum()])
+        used = -(-(computed + counts) // size)
+        tables = np.zeros((len(spans), used.max()), dtype=np.int32)
+        for row, span in enumerate(spans):
+            tables[row, : used[row]] = span.blocks[: used[row]]
+        owners = np.repeat(np.arange(len(spans)), counts)
+        positions = np.arange(starts[-1]) + (computed - starts[:-1])[owners]
+        slots = tables[owners, positions // size].astype(np.int64) * size + positions % size
+        books = (tables, (computed + counts).astype(np.int32), starts.astype(np.int32), positions, slots)
+        return StepCache(self, *map(torch.from_numpy, books))
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ class Engine:
         going = [one for one in drawings if one.rows and one.finish is None]
         while going:
             rows = [one.rows[len(one.drawn)] for one in going]
-            drawn = sample(computed.logits[rows], [self._row(one.chunk.request) for one in going])
+            logits = computed.logits if rows == list(range(len(computed.logits))) else computed.logits[rows]
+            drawn = sample(logits, [self._row(one.chunk.request) for one in going])
             going = [one for one, token in zip(going, drawn, strict=True) if self._take(one, token)]
         for one in drawings:
             self.scheduler.computed(Chunk(one.chunk.request, one.count))

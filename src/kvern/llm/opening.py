@@ -19,7 +19,7 @@ from kvern.config import ModelConfig
 from kvern.engine.dtype import choose
 from kvern.errors import ConfigError
 from kvern.model import Model
-from kvern.ops import packed
+from kvern.ops import library, packed
 from kvern.plan.hardware import machine
 from kvern.plan.memory import account
 
@@ -36,7 +36,9 @@ def open_model(
     config = ModelConfig.load(folder)
     if pack and packed.available() and account(config).checkpoint_bytes < machine().memory_available:
         activations = DTYPES.get(dtype) or (torch.bfloat16 if packed.order() == "pairs" else torch.float32)
-        return packed_transformer(load(folder, activation_dtype=activations, mtp=mtp), folder, progress)
+        model = packed_transformer(load(folder, activation_dtype=activations, mtp=mtp), folder, progress)
+        library.read_bandwidth(model.model.model.embed_tokens.weight)  # so that look-ups, at random, meet mapped pages
+        return model
     if dtype == "auto":
         choice = choose(config)
         return load(folder, dtype=choice.weight_dtype, activation_dtype=choice.activation_dtype, mtp=mtp)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ class LatentCache(Protocol):
         """Absorbed attention [T, H, rank] of the queries of `sequences`, which lie in q one after the other."""
 
 
-@runtime_checkable
 class PagedLatents(Protocol):
     """A cache whose latents lie in blocks: its books for the S sequences and T tokens of a batch.
 

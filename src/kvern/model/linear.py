@@ -21,6 +21,16 @@ def parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> nn.Par
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+def embedding(config: ModelConfig, device: str) -> nn.Embedding:
+    """An uninitialised table [vocab_size, hidden] that asks for no gradient.
+
+    Given its table, torch does not fill it, which on the meta device would import all of torch's compiler.
+    """
+    dtype = DTYPES[config.torch_dtype]
+    table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    return nn.Embedding(config.vocab_size, config.hidden_size, _weight=table).requires_grad_(False)
+
+
 class Linear(nn.Module):
     """y = x W^T + b with W [out, in], in one of three forms.
 

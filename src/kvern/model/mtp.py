@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kvern.config import ModelConfig
 from kvern.model.batch import ForwardBatch
 from kvern.model.layer import DecoderLayer
-from kvern.model.linear import DTYPES, Linear, RMSNorm
+from kvern.model.linear import DTYPES, Linear, RMSNorm, embedding
 
 
 class SharedHead(nn.Module):
@@ -33,12 +33,11 @@ class MTPLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, layer: int, device: str) -> None:
         super().__init__(config, layer, device)
         dtype, hidden = DTYPES[config.torch_dtype], config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden, device=device, dtype=dtype)
+        self.embed_tokens = embedding(config, device)
         self.enorm = RMSNorm(hidden, config.rms_norm_eps, dtype, device)
         self.hnorm = RMSNorm(hidden, config.rms_norm_eps, dtype, device)
         self.eh_proj = Linear(2 * hidden, hidden, dtype, device)
         self.shared_head = SharedHead(config, device)
-        self.embed_tokens.requires_grad_(False)
 
     def predict(self, hidden_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
         """hidden [T, hidden] of tokens i and a batch of tokens i + 1 -> [T, hidden], ready for `shared_head.head`."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -53,9 +53,10 @@ class PackedLayer:
     struct: packed.Layer
     kept: tuple[object, ...]
 
-    def __call__(self, step: PackedStep, rows: Tensor) -> None:
-        """step.x += attention; step.x += feed_forward; the latents go to `rows` [N, D], the layer's cache."""
-        packed.run_layer(self.struct, step.struct, rows)
+    def __call__(self, step: PackedStep, index: int) -> None:
+        """step.x += attention; step.x += feed_forward; the latents go to the cache of layer `index`."""
+        pages = step.pages
+        packed.run_layer(self.struct, step.struct, pages.address + index * pages.layer_bytes)
 
 
 class PackedTransformer:
@@ -64,7 +65,7 @@ class PackedTransformer:
     def __init__(self, model: Transformer, weights: PackedWeights) -> None:
         self.model, self.config = model, model.config
         self.activation_dtype = model.activation_dtype
-        self.layers: Sequence[Callable[[PackedStep, Tensor], None]] = [
+        self.layers: Sequence[Callable[[PackedStep, int], None]] = [
             pack_layer(layer, self.config, f"model.layers.{index}", weights)
             for index, layer in enumerate(model.model.layers)
         ]
@@ -108,9 +109,9 @@ class PackedTransformer:
         joined = torch.cat([embedded, layer.hnorm(hidden_TE.float())], dim=-1)
         join, head = self.mtp_parts[depth]
         x_TE = packed.multiply(joined, join, activations=self.activation_dtype)
-        pages = _Pages.of(batch, self.config, self.activation_dtype)
+        pages = Pages.of(batch, self.config, self.activation_dtype)
         step = self._step(batch, pages, x_TE)
-        self.layers[index](step, pages.rows_of(index))
+        self.layers[index](step, index)
         norm, every = layer.shared_head.norm, torch.arange(len(batch.tokens))
         states = self._head(None, norm.weight.float(), norm.eps, step, every)[0]
         wanted = states if batch.logits_at is None else states[batch.logits_at]
@@ -127,10 +128,10 @@ class PackedTransformer:
 
     def _run(self, batch: ForwardBatch) -> PackedStep:
         """All decoder layers; what flows between them is left in the step."""
-        pages = _Pages.of(batch, self.config, self.activation_dtype)
+        pages = Pages.of(batch, self.config, self.activation_dtype)
         step = self._step(batch, pages, self.model.model.embed_tokens(batch.tokens).float())
         for index in range(self.config.num_hidden_layers):
-            self.layers[index](step, pages.rows_of(index))
+            self.layers[index](step, index)
         return step
 
     def _head(
@@ -138,7 +139,7 @@ class PackedTransformer:
     ) -> tuple[Tensor, Tensor]:
         return packed.run_head(head, norm, eps, step.struct, self.config.hidden_size, rows)
 
-    def _step(self, batch: ForwardBatch, pages: _Pages, x_TE: Tensor) -> PackedStep:
+    def _step(self, batch: ForwardBatch, pages: Pages, x_TE: Tensor) -> PackedStep:
         x_TE = x_TE.contiguous()
         rotation = torch.view_as_real(self.model.model.rotation(batch)).contiguous()
         expanded = split_forms(self.config, batch)[1]
@@ -153,64 +154,62 @@ class PackedTransformer:
             pages.tables.shape[1],
             len(pages.contexts),
             pages.block_size,
-            pages.row_count,
+            pages.rows.shape[1],
             self.config.latent_dim,
-            CODES[pages.dtype],
+            CODES[pages.rows.dtype],
             CODES[self.activation_dtype],
             packed.address(self.counters),
         )
-        return PackedStep(struct, pages.slots, kept)
+        return PackedStep(struct, pages, kept)
 
 
 @dataclass(frozen=True)
 class PackedStep:
-    """A step's C struct, the cache rows of its tokens (`slots` [T] int64), and whatever else it points into."""
+    """A step's C struct, the books of its cache, and whatever else the struct points into."""
 
     struct: packed.Step
-    slots: Tensor
+    pages: Pages
     kept: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
-class _Pages:
-    """The books of a batch's cache; for a batch without one, pages of one row in memory that all layers share."""
+class Pages:
+    """The books of a batch's cache (see PagedLatents); rows [layers, N, D], or [1, N, D] that all layers share."""
 
     tables: Tensor
     contexts: Tensor
     starts: Tensor
     slots: Tensor
     block_size: int
-    row_count: int
-    dtype: torch.dtype
-    rows_of: Callable[[int], Tensor]
+    rows: Tensor
 
     @classmethod
-    def of(cls, batch: ForwardBatch, config: ModelConfig, dtype: torch.dtype) -> _Pages:
+    def of(cls, batch: ForwardBatch, config: ModelConfig, dtype: torch.dtype) -> Pages:
+        """Those of `batch.cache`, which must be a paged one; for a batch without one, pages of one row in memory."""
         if batch.cache is None:
             return cls._alone(batch, config, dtype)
-        cache = batch.cache
-        assert isinstance(cache, PagedLatents), "packed layers read paged caches only"
-        rows = cache.rows
-        return cls(
-            cache.tables,
-            cache.contexts,
-            cache.starts,
-            cache.slots,
-            cache.block_size,
-            rows.shape[1],
-            rows.dtype,
-            rows.__getitem__,
-        )
+        cache = cast(PagedLatents, batch.cache)
+        return cls(cache.tables, cache.contexts, cache.starts, cache.slots, cache.block_size, cache.rows)
 
     @classmethod
-    def _alone(cls, batch: ForwardBatch, config: ModelConfig, dtype: torch.dtype) -> _Pages:
+    def _alone(cls, batch: ForwardBatch, config: ModelConfig, dtype: torch.dtype) -> Pages:
         starts = torch.tensor(batch.query_starts, dtype=torch.int32)
         tables = torch.zeros(len(starts) - 1, batch.longest, dtype=torch.int32)
         for row, (first, last) in enumerate(pairwise(batch.query_starts)):
             tables[row, : last - first] = torch.arange(first, last)
         count = len(batch.tokens)
-        shared = torch.empty(count, config.latent_dim, dtype=dtype)
-        return cls(tables, starts.diff(), starts, torch.arange(count), 1, count, dtype, lambda _: shared)
+        rows = torch.empty(1, count, config.latent_dim, dtype=dtype)
+        return cls(tables, starts.diff(), starts, torch.arange(count), 1, rows)
+
+    @cached_property
+    def address(self) -> int:
+        """Where the rows of the first layer begin."""
+        return self.rows.data_ptr()
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """From the rows of one layer to those of the next."""
+        return self.rows.stride(0) * self.rows.element_size() if len(self.rows) > 1 else 0
 
 
 def pack_layer(layer: torch.nn.Module, config: ModelConfig, name: str, weights: PackedWeights) -> PackedLayer:

@@ -14,7 +14,7 @@ from kvern.config import Int4Config, ModelConfig, QuantizationConfig
 from kvern.errors import UnsupportedModelError
 from kvern.model.batch import ForwardBatch
 from kvern.model.layer import DecoderLayer
-from kvern.model.linear import DTYPES, FP8, Linear, RMSNorm
+from kvern.model.linear import DTYPES, FP8, Linear, RMSNorm, embedding
 from kvern.model.mtp import MTPLayer
 from kvern.model.rope import inverse_frequencies, rotations
 
@@ -26,8 +26,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         dtype, count = DTYPES[config.torch_dtype], config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
-        self.embed_tokens.requires_grad_(False)
+        self.embed_tokens = embedding(config, device)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, device) for layer in range(count))
         if mtp:
             extra = range(count, count + config.num_nextn_predict_layers)

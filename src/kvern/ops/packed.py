@@ -182,9 +182,9 @@ def check_layer(layer: Layer) -> None:
     assert loaded().kvern_check_layer(ctypes.byref(layer)) == 0, "the packed layer's shapes do not fit together"
 
 
-def run_layer(layer: Layer, step: Step, rows: Tensor) -> None:
-    """step.x += attention(norm(x)), then += feed_forward(norm(x)); the latents go into `rows`, the layer's cache."""
-    if loaded().kvern_run_layer(ctypes.byref(layer), ctypes.byref(step), rows.data_ptr()):
+def run_layer(layer: Layer, step: Step, rows: int) -> None:
+    """step.x += attention(norm(x)), then += feed_forward(norm(x)); the latents go to the layer's cache at `rows`."""
+    if loaded().kvern_run_layer(ctypes.byref(layer), ctypes.byref(step), rows):
         raise IndexError("a context is too short, or a block or slot lies outside the cache")
 
 
