@@ -35,11 +35,12 @@ from bench.dither import write_dithered
 from gguf import GGUFReader
 from torch import Tensor
 
-from kvern.checkpoint.convert import LINEAR, convert, float_shape, weight_name
+from kvern.checkpoint.convert import convert
 from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
 from kvern.checkpoint.pull import cache_folder, pulled_path
 from kvern.checkpoint.reader import CheckpointReader
+from kvern.checkpoint.target import LINEAR, float_shape, weight_name
 from kvern.errors import NotFoundError
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.batch import BatchLatents

@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvern.checkpoint.convert import DType, convert, plan_conversion
+from kvern.checkpoint.convert import convert, plan_conversion
 from kvern.checkpoint.load import load
 from kvern.checkpoint.reader import CheckpointReader
+from kvern.checkpoint.target import DType
 from kvern.config import ModelConfig, QuantizationConfig
 from kvern.errors import CheckpointError, ConfigError, KvernError, UnsupportedModelError
 

@@ -10,63 +10,29 @@ FP8 scales by up to 0.3 %, and 4 bits are never made finer again: convert from t
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import groupby
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from kvern.checkpoint.family import plan_family
 from kvern.checkpoint.gqa import ImportCost, import_cost, plan_import
 from kvern.checkpoint.gqa_source import SourceModel
-from kvern.checkpoint.header import TensorSpec
-from kvern.checkpoint.int4 import INT4_PARTS, INT4_WEIGHT, Int4Weight, dequantize_int4
-from kvern.checkpoint.load import load
-from kvern.checkpoint.quantize import (
-    FP8,
-    INT4_SCALE_SUFFIX,
-    SCALE_SUFFIX,
-    QuantizedWeight,
-    Rows,
-    dequantize,
-    fp8_scale_name,
-    scale_shape,
-)
-from kvern.checkpoint.reader import (
-    CONFIG_FILE,
-    CONVERSION_FILE,
-    CheckpointReader,
-    SafetensorsFolder,
-    open_safetensors,
-)
+from kvern.checkpoint.quantize import INT4_SCALE_SUFFIX, SCALE_SUFFIX
+from kvern.checkpoint.reader import CONFIG_FILE, CONVERSION_FILE, SafetensorsFolder, open_safetensors
 from kvern.checkpoint.save import PlannedTensor, Progress, plan_shards, total_size, write_checkpoint
-from kvern.config import (
-    MODEL_TYPES,
-    Int4Config,
-    ModelConfig,
-    Quantization,
-    QuantizationConfig,
-    read_config_json,
-)
+from kvern.checkpoint.target import FLOAT_OF, HEAD, DType, int4_config, packed_tensors, packs, quantized_tensors
+from kvern.config import MODEL_TYPES, ModelConfig, read_config_json
 from kvern.errors import CheckpointError, ConfigError
-from kvern.ops.reference_int4 import PER_WORD
 
-DType = Literal["fp8", "bf16", "f32", "int4"]
-FLOAT_OF = {"fp8": torch.bfloat16, "bf16": torch.bfloat16, "f32": torch.float32, "int4": torch.bfloat16}
 GROUP_SIZE = 32
 
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 """Files beside the weights that a converted checkpoint keeps: tokenizer, templates, generation settings, licences."""
 CARRIED_MAX_BYTES = 64 << 20
-
-LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.(\w+\.)*(gate|up|down)_proj)\.weight")
-HEAD = re.compile(r"lm_head\.weight|model\.layers\.\d+\.shared_head\.head\.weight")
-OTHER_LINEAR = re.compile(r"model\.layers\.\d+\.(eh_proj|mlp\.gate)\.weight")
-GATE_BIAS = re.compile(r".*\.e_score_correction_bias")
-LATENT_NORM = re.compile(r".*\.(q|kv)_a_layernorm\.weight")
 
 
 @dataclass(frozen=True)
@@ -140,7 +106,7 @@ def plan_conversion(
         options["group_size"] = str(group_size)
     source = fingerprint(src)
     if _is_family(src):
-        config, shards = _plan_family(src, dtype, head_fp8, ue8m0, group_size)
+        config, shards = plan_family(src, dtype, head_fp8, ue8m0, group_size)
         return Conversion(config, shards, carried_files(src), source, options)
     if ue8m0:
         raise ConfigError("an import has no power-of-two scales", hint="leave ue8m0 out", param="ue8m0")
@@ -231,7 +197,7 @@ def _open_source(src: Path) -> SourceModel:
 def _head_in_fp8(tensor: PlannedTensor, suffix: str = SCALE_SUFFIX) -> Sequence[PlannedTensor]:
     if not HEAD.fullmatch(tensor.name):
         return [tensor]
-    return _quantized(tensor.name, tensor.shape, _made(tensor), suffix=suffix)
+    return quantized_tensors(tensor.name, tensor.shape, _made(tensor), suffix=suffix)
 
 
 def _import_in_int4(
@@ -243,7 +209,7 @@ def _import_in_int4(
     out: list[PlannedTensor] = []
     for tensor in tensors:
         if packs(quantization, tensor.name):
-            out += _packed(tensor.name, tensor.shape, group_size, _made(tensor))
+            out += packed_tensors(tensor.name, tensor.shape, group_size, _made(tensor))
         else:
             out += _head_in_fp8(tensor, INT4_SCALE_SUFFIX) if head_fp8 else [tensor]
     return replace(config, quantization_config=quantization), out
@@ -256,221 +222,3 @@ def _made(tensor: PlannedTensor) -> Callable[[], torch.Tensor]:
         return made
 
     return make
-
-
-def int4_config(shapes: Mapping[str, tuple[int, ...]], group_size: int, head_fp8: bool) -> Int4Config:
-    """What to pack among the weights of these names: the layers' Linears, but for those that the group does not divide.
-
-    Raises ConfigError where none is left.
-    """
-    linears = [name for name in shapes if LINEAR.fullmatch(name)]
-    undivided = [name for name in linears if shapes[name][1] % group_size]
-    if len(undivided) == len(linears):
-        raise ConfigError(
-            f"no weight has a multiple of {group_size} columns",
-            hint="groups of 32 fit more shapes" if group_size > 32 else None,
-            param="group_size",
-        )
-    floats = [name for name in shapes if OTHER_LINEAR.fullmatch(name)]
-    heads = [name for name in shapes if HEAD.fullmatch(name)]
-    ignore = _kinds([*(() if head_fp8 else heads), *floats, *undivided])
-    return Int4Config(group_size, ignore, _kinds(heads) if head_fp8 else ())
-
-
-def _kinds(weights: Iterable[str]) -> tuple[str, ...]:
-    """The modules of these weights, each once; those that come in every layer as one expression."""
-    return tuple(dict.fromkeys(_kind(weight.removesuffix(".weight")) for weight in weights))
-
-
-def _kind(module: str) -> str:
-    parts = module.split(".")
-    numberless = [r"\d+" if part.isdigit() else part for part in parts]
-    return module if numberless == parts else "re:" + r"\.".join(numberless) + "$"
-
-
-def packs(quantization: Quantization | None, name: str) -> bool:
-    """Whether the tensor `name` of the float layout is stored in 4 bits."""
-    if not isinstance(quantization, Int4Config) or LINEAR.fullmatch(name) is None:
-        return False
-    return quantization.covers(name.removesuffix(".weight"))
-
-
-def _plan_family(
-    src: Path, dtype: DType | None, head_fp8: bool, ue8m0: bool, group_size: int
-) -> tuple[ModelConfig, list[list[PlannedTensor]]]:
-    reader = CheckpointReader(src)
-    _check_loads(reader)
-    config = target_config(reader.config, dtype, ue8m0)
-    if dtype == "int4":
-        config = replace(config, quantization_config=_int4_target(reader, group_size, head_fp8))
-    plan = _FamilyPlan(reader, dtype, config, head_fp8)
-    return plan.config, [shard for shard in plan.shards() if shard]
-
-
-def _int4_target(reader: CheckpointReader, group_size: int, head_fp8: bool) -> Int4Config:
-    present = reader.config.quantization_config
-    if isinstance(present, Int4Config) and present.group_size != group_size:
-        raise ConfigError(
-            f"the source is 4-bit already, in groups of {present.group_size}",
-            hint="convert from the original instead",
-            param="group_size",
-        )
-    shapes = {weight_name(spec.name): float_shape(spec) for spec in reader.specs()}
-    return int4_config(shapes, group_size, head_fp8)
-
-
-def weight_name(name: str) -> str:
-    """The name that a tensor has in a float checkpoint: that of the weight for a 4-bit one."""
-    return name.removesuffix("_packed") if name.endswith("." + INT4_WEIGHT) else name
-
-
-def float_shape(spec: TensorSpec) -> tuple[int, ...]:
-    """The shape of the weight that a tensor stores."""
-    if not spec.name.endswith("." + INT4_WEIGHT):
-        return spec.shape
-    rows, words = spec.shape
-    return rows, words * PER_WORD
-
-
-def _check_loads(reader: CheckpointReader) -> None:
-    """Refuse a damaged source before anything is written, by the loader's own checks."""
-    layers = reader.config.num_hidden_layers
-    has_mtp = any(name.startswith(f"model.layers.{layers}.") for name in reader.names())
-    load(reader.folder, mtp=has_mtp)
-
-
-def target_config(config: ModelConfig, dtype: DType | None, ue8m0: bool = False) -> ModelConfig:
-    """config.json of the converted checkpoint."""
-    if dtype is None:
-        return config
-    quantization = _target_quantization(config, ue8m0) if dtype == "fp8" else None
-    return replace(config, torch_dtype="float32" if dtype == "f32" else "bfloat16", quantization_config=quantization)
-
-
-def _target_quantization(config: ModelConfig, ue8m0: bool) -> QuantizationConfig:
-    scale_fmt = "ue8m0" if ue8m0 else None
-    present = config.quantization_config
-    if not isinstance(present, QuantizationConfig):
-        return QuantizationConfig(scale_fmt=scale_fmt, modules_to_not_convert=_mixed_blocks(config))
-    if ue8m0 and present.scale_fmt != scale_fmt:
-        raise ConfigError(
-            "the source is FP8 already, its scales are copied as they are", hint="leave ue8m0 out", param="ue8m0"
-        )
-    return present
-
-
-def _mixed_blocks(config: ModelConfig) -> tuple[str, ...]:
-    """Rows that an import scaled by 2^-24 must not share an FP8 block with rows that it did not."""
-    imported = config.qk_nope_head_dim == 0
-    return ("kv_a_proj_with_mqa",) if imported and config.kv_lora_rank % 128 else ()
-
-
-class _FamilyPlan:
-    """Decides for each tensor of a V3 checkpoint: copy, cast, quantise or dequantise."""
-
-    def __init__(self, reader: CheckpointReader, dtype: DType | None, config: ModelConfig, head_fp8: bool) -> None:
-        self.reader, self.dtype, self.config, self.head_fp8 = reader, dtype, config, head_fp8
-        quantization = config.quantization_config
-        self.ue8m0 = isinstance(quantization, QuantizationConfig) and quantization.scale_fmt == "ue8m0"
-        self.scale_suffix = INT4_SCALE_SUFFIX if isinstance(quantization, Int4Config) else SCALE_SUFFIX
-
-    def shards(self) -> Iterator[list[PlannedTensor]]:
-        """For each file of the source, the tensors that take the place of its own."""
-        for _, specs in groupby(self.reader.specs(), key=lambda spec: spec.file):
-            yield [planned for spec in specs for planned in self._tensor(spec)]
-
-    def _tensor(self, spec: TensorSpec) -> Iterable[PlannedTensor]:
-        name, weight = weight_name(spec.name), self._weight_beside(spec.name)
-        if self._stays(weight or spec.name):
-            return [self._copied(spec)]
-        if weight is not None:
-            return []
-        shape = float_shape(spec)
-        if packs(self.config.quantization_config, name):
-            assert isinstance(self.config.quantization_config, Int4Config)
-            return _packed(name, shape, self.config.quantization_config.group_size, partial(self._floats, spec))
-        if self._in_fp8(name):
-            return _quantized(name, shape, partial(self._floats, spec), ue8m0=self.ue8m0, suffix=self.scale_suffix)
-        if spec.dtype is FP8 or name != spec.name:
-            return [PlannedTensor(name, self._float(), shape, partial(self._floats, spec, self._float()))]
-        return [self._cast(spec)]
-
-    def _stays(self, name: str) -> bool:
-        """Whether a tensor is kept in the quantised form that it has."""
-        if self.dtype is None:
-            return True
-        if self.dtype == "int4" and name.endswith("." + INT4_WEIGHT):
-            return packs(self.config.quantization_config, weight_name(name))
-        return self.dtype == "fp8" and self.reader.spec(name).dtype is FP8
-
-    def _weight_beside(self, name: str) -> str | None:
-        """The quantised weight that a tensor of scales (or a stored shape) belongs to."""
-        module, _, part = name.rpartition(".")
-        if part in ("weight" + SCALE_SUFFIX, *INT4_PARTS[1:]):
-            return next(
-                f"{module}.{weight}" for weight in (INT4_WEIGHT, "weight") if f"{module}.{weight}" in self.reader
-            )
-        return None
-
-    def _in_fp8(self, name: str) -> bool:
-        quantization = self.config.quantization_config
-        if HEAD.fullmatch(name):
-            return self.head_fp8
-        if not isinstance(quantization, QuantizationConfig) or LINEAR.fullmatch(name) is None:
-            return False
-        return quantization.covers(name.removesuffix(".weight"))
-
-    def _copied(self, spec: TensorSpec) -> PlannedTensor:
-        return PlannedTensor(spec.name, spec.dtype, spec.shape, partial(self.reader.raw, spec.name))
-
-    def _floats(self, spec: TensorSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight as numbers, however it is stored: `dtype` where it is quantised, otherwise as it is."""
-        stored = self.reader.tensor(spec.name)
-        if spec.dtype is FP8:
-            return dequantize(stored, self.reader.tensor(fp8_scale_name(self.reader, spec.name)), dtype)
-        if spec.name.endswith("." + INT4_WEIGHT):
-            return dequantize_int4(stored, self.reader.tensor(weight_name(spec.name) + INT4_SCALE_SUFFIX), dtype)
-        return stored
-
-    def _cast(self, spec: TensorSpec) -> PlannedTensor:
-        dtype = self._float()
-        if spec.dtype is dtype or self._stays_f32(spec):
-            return self._copied(spec)
-        return PlannedTensor(spec.name, dtype, spec.shape, lambda: self.reader.tensor(spec.name).to(dtype))
-
-    def _stays_f32(self, spec: TensorSpec) -> bool:
-        """The gate's bias always; a latent norm where BF16 would round it, as it would the constants of an import."""
-        if spec.dtype is not torch.float32:
-            return False
-        if LATENT_NORM.fullmatch(spec.name):
-            weight = self.reader.tensor(spec.name)
-            return not torch.equal(weight, weight.bfloat16().float())
-        return GATE_BIAS.fullmatch(spec.name) is not None
-
-    def _float(self) -> torch.dtype:
-        assert self.dtype is not None
-        return FLOAT_OF[self.dtype]
-
-
-def _packed(
-    name: str, shape: tuple[int, ...], group_size: int, read: Callable[[], torch.Tensor]
-) -> list[PlannedTensor]:
-    """A weight in 4 bits, its scales and its shape."""
-    rows, columns = shape
-    return Int4Weight(name.removesuffix(".weight"), (rows, columns), group_size, read).tensors()
-
-
-def _quantized(
-    name: str,
-    shape: tuple[int, ...],
-    read: Callable[[], torch.Tensor],
-    *,
-    ue8m0: bool = False,
-    suffix: str = SCALE_SUFFIX,
-) -> list[PlannedTensor]:
-    """A weight in FP8 and its scales."""
-    made = QuantizedWeight(name, [Rows(read)], ue8m0=ue8m0)
-    return [
-        PlannedTensor(name, FP8, shape, made.weight),
-        PlannedTensor(name + suffix, torch.float32, scale_shape(shape), made.scale),
-    ]
