@@ -19,12 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvern.checkpoint import packed as packed_file
+from kvern.checkpoint.convert import convert
 from kvern.checkpoint.load import load
 from kvern.checkpoint.packed import FOOTER, MAGIC, packed_transformer
 from kvern.errors import CheckpointError, KvernError
 from kvern.model import ForwardBatch, PackedTransformer
 from kvern.model.packed import PackedNow
 from kvern.ops import packed
+
+from .layout import tiny_config, write_folder
 
 pytestmark = pytest.mark.skipif(not packed.available(), reason="the kernels were not built")
 
@@ -95,6 +98,43 @@ def test_the_first_use_writes_and_the_second_maps(
     assert torch.equal(first, logits(in_memory(folder)))
     assert bin_of(folder).read_bytes() == written
     assert not leftovers(folder)
+
+
+def kinds(folder: Path) -> set[packed.Kind]:
+    data = bin_of(folder).read_bytes()
+    start, length, _, _ = FOOTER.unpack(data[-FOOTER.size :])
+    return {packed.Kind(entry["kind"]) for entry in json.loads(data[start : start + length])["weights"].values()}
+
+
+def test_4_bit_weights_come_back_as_they_were(tiny_bf16: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int4"
+    convert(tiny_bf16, folder, dtype="int4", group_size=32)
+    first, second = logits(pack(folder)), logits(pack(folder))
+    assert packed.Kind.INT4 in kinds(folder)
+    assert torch.equal(first, second)
+    assert torch.equal(first, logits(in_memory(folder)))
+
+
+def test_selections_come_back_as_they_were(tiny_tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    tensors = dict(tiny_tensors)
+    name = "model.layers.1.self_attn.q_b_proj.weight"
+    chosen = torch.zeros_like(tensors[name])
+    chosen[torch.arange(len(chosen)), torch.arange(len(chosen)) % chosen.shape[1]] = 0.5
+    folder = write_folder(tmp_path / "picks", tiny_config(), {**tensors, name: chosen})
+    first, second = logits(pack(folder)), logits(pack(folder))
+    assert packed.Kind.PICKS in kinds(folder)
+    assert torch.equal(first, second)
+    assert torch.equal(first, logits(in_memory(folder)))
+
+
+def test_a_forced_conversion_into_the_folder_is_packed_anew(tiny_bf16: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    convert(tiny_bf16, folder, dtype="bf16")
+    before = logits(pack(folder))
+    convert(tiny_bf16, folder, dtype="fp8", force=True)
+    after = logits(pack(folder))
+    assert not torch.equal(before, after)
+    assert torch.equal(after, logits(in_memory(folder)))
 
 
 def test_progress_ends_with_the_last_weight(folder: Path) -> None:
