@@ -2,51 +2,11 @@
 // exactly the stated size, and compares with plain loops. Made for the sanitizers (`make sanitize`): a read or write past
 // a buffer, undefined behaviour or a race ends the run.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
 #include <thread>
-#include <vector>
 
-#include "../kvern.h"
-#include "../scalars.h"
+#include "check.h"
 
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s (%s)\n", what, kvern_isa());
-  std::exit(1);
-}
-
-struct Random {
-  std::mt19937 engine{7};
-
-  float number() { return std::normal_distribution<float>()(engine); }
-
-  // `count` numbers as `dtype`, in a block of exactly their size
-  std::vector<uint8_t> stored(int64_t count, int dtype) {
-    const size_t size = dtype == KVERN_F32 ? 4 : dtype == KVERN_BF16 ? 2 : 1;
-    std::vector<uint8_t> bytes(static_cast<size_t>(count) * size);
-    for (int64_t i = 0; i < count; ++i) {
-      if (dtype == KVERN_F8_E4M3) {
-        bytes[static_cast<size_t>(i)] = static_cast<uint8_t>(engine() % 127 + 128 * (engine() % 2));
-      } else {
-        write_scalar(bytes.data(), dtype, i, number());
-      }
-    }
-    return bytes;
-  }
-};
-
-float weight_at(const std::vector<uint8_t>& bytes, int dtype, int64_t index) {
-  return dtype == KVERN_F8_E4M3 ? float_of_e4m3(bytes[static_cast<size_t>(index)]) : read_scalar(bytes.data(), dtype, index);
-}
-
-void close(double actual, double expected, double bound, const char* what) {
-  require(std::abs(actual - expected) <= 1e-5 * bound + 1e-30, what);
-}
 
 void check_linear(Random& random, int dtype, int64_t m, int64_t n, int64_t k) {
   const int64_t blocks = (k + 127) / 128;
@@ -215,6 +175,7 @@ void check_all() {
     check_expanded(random, {dtype, 5, 100, 2, 0, 7, 33});
     check_expanded(random, {dtype, 130, 130, 1, 5, 0, 1});
   }
+  check_packed();
 }
 
 }  // namespace
