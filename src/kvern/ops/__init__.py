@@ -1,26 +1,29 @@
 """Maths on tensors that knows no model: each op is one `Op`, a table from device type to implementation.
 
 `reference` is the specification and the fallback; `native` and `native_attention` (CPU kernels of
-`library`) register themselves for what they compute.
+`library`) register themselves for what they compute, and so do the Triton kernels of `triton_backends` for "cuda".
 """
 
 from __future__ import annotations
 
-from kvern.ops import native, reference, reference_int4
+from kvern.ops import native, reference, reference_experts, reference_int4, triton_backends
 from kvern.ops.dispatch import Op
 
-linear = Op("linear", reference.linear, native.backends("linear"))
+linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"))
 dequantize = Op("dequantize", reference.dequantize, native.backends("dequantize"))
 quantize_blocks = Op("quantize_blocks", reference.quantize_blocks)
 linear_int4 = Op("linear_int4", reference_int4.linear_int4)
 dequantize_int4 = Op("dequantize_int4", reference_int4.dequantize_int4)
+grouped_experts = Op("grouped_experts", reference_experts.grouped_experts, triton_backends.backends("grouped_experts"))
 rms_norm = Op("rms_norm", reference.rms_norm)
 apply_rope = Op("apply_rope", reference.apply_rope)
 swiglu = Op("swiglu", reference.swiglu)
 route = Op("route", reference.route)
 latent_attention = Op("latent_attention", reference.latent_attention)
 paged_latent_attention = Op(
-    "paged_latent_attention", reference.paged_latent_attention, native.backends("paged_latent_attention")
+    "paged_latent_attention",
+    reference.paged_latent_attention,
+    native.backends("paged_latent_attention") | triton_backends.backends("paged_latent_attention"),
 )
 expanded_attention = Op("expanded_attention", reference.expanded_attention, native.backends("expanded_attention"))
 causal_attention = Op("causal_attention", reference.causal_attention)
@@ -31,6 +34,7 @@ ALL = (
     quantize_blocks,
     linear_int4,
     dequantize_int4,
+    grouped_experts,
     rms_norm,
     apply_rope,
     swiglu,
