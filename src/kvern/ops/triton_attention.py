@@ -112,8 +112,8 @@ def paged_latent_attention(
 ) -> Tensor:
     """`reference.paged_latent_attention`: q [T, H, D], rows [N, D], tables [S, B] int32 -> [T, H, rank] in q.dtype.
 
-    `parts` is how many programs share a context; None chooses from the shapes alone, so nothing waits for the device
-    and a query's result does not depend on the other contexts.
+    `parts` is how many programs share a context; None chooses from the number of queries and heads and the width of the
+    tables, so nothing waits for the device. With `parts` given, a query's result depends on its own rows alone.
     """
     if not _takes(q, rows, tables, contexts, starts, rank):
         return reference.paged_latent_attention(q, rows, tables, contexts, starts, block_size, rank, scale)
