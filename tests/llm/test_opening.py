@@ -46,7 +46,7 @@ def test_packs_when_it_fits_and_gives_the_plain_models_logits(folder: Path, monk
     model, plain = open_model(folder, "f32"), open_model(folder, "f32", pack=False)
     assert isinstance(model, PackedTransformer)
     assert isinstance(plain, Transformer)
-    assert len(list(folder.glob("packed-*.bin"))) == 1
+    assert len(list(folder.glob("packed-*.kvern"))) == 1
     batch = ForwardBatch.of([5, 3, 8, 1])
     expected = plain(batch)
     assert (model(batch) - expected).abs().max() < 2e-5 * expected.abs().max()

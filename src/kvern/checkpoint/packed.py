@@ -195,7 +195,7 @@ def _hash(data: bytes) -> int:
 
 def _path(folder: Path, model: Transformer) -> Path:
     mtp = "-mtp" if len(model.model.layers) > model.config.num_hidden_layers else ""
-    return folder / f"packed-{packed.order()}{mtp}.bin"
+    return folder / f"packed-{packed.order()}{mtp}.kvern"
 
 
 def _source(folder: Path) -> str:

@@ -165,6 +165,8 @@ def pack_int4(words: Tensor, scale: Tensor) -> Packed:
 
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None, activations: torch.dtype = torch.float32) -> Tensor:
     """x [M, K] float32 times a packed weight [N, K] transposed (+ bias [N] float32): [M, N] float32."""
+    if x.shape[1] != packed.k:
+        raise KvernError(f"x {tuple(x.shape)} cannot be multiplied with a packed weight of {packed.n} x {packed.k}")
     x = x.contiguous()
     out = torch.empty(len(x), packed.n)
     if not len(x):
@@ -173,13 +175,15 @@ def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None, activations:
     code = loaded().kvern_multiply(
         ctypes.byref(weight), x.data_ptr(), len(x), CODES[activations], address(bias), out.data_ptr()
     )
-    assert code == 0, "kvern_multiply refused its arguments"
+    if code:
+        raise KvernError("kvern_multiply refused its arguments")
     return out
 
 
 def check_layer(layer: Layer) -> None:
-    """AssertionError unless every size of the layer fits together."""
-    assert loaded().kvern_check_layer(ctypes.byref(layer)) == 0, "the packed layer's shapes do not fit together"
+    """Raise KvernError unless every size of the layer fits together."""
+    if loaded().kvern_check_layer(ctypes.byref(layer)):
+        raise KvernError("the shapes of a packed layer do not fit together")
 
 
 def run_layer(layer: Layer, step: Step, rows: int) -> None:
