@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVERN_ABI 3
+#define KVERN_ABI 4
 
 enum { KVERN_F32 = 0, KVERN_BF16 = 1, KVERN_F8_E4M3 = 2 };                 /* dtypes; E4M3 is the "fn" form: no infinities */
 enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };

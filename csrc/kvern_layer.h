@@ -82,9 +82,9 @@ enum { KVERN_STAGE_PROJECT, KVERN_STAGE_ATTEND, KVERN_STAGE_OUTPUT, KVERN_STAGE_
 /* Tokens of several sequences, one after the other (see kvern_paged_latent_attention for the books). */
 typedef struct {
   int64_t tokens;
-  float* x;              /* [tokens, hidden], what flows between layers */
-  const float* rotation; /* [tokens, rope / 2, 2]: cosine and sine of each pair */
-  const int64_t* slots;  /* [tokens]: the cache row of each */
+  float* x;        /* [tokens, hidden], what flows between layers */
+  float* rotation; /* [tokens, rope / 2, 2]: cosine and sine of each pair */
+  int64_t* slots;  /* [tokens]: the cache row of each */
   const int32_t *tables, *contexts, *starts;
   const uint8_t* expanded; /* [sequences]: attend over expanded keys and values; NULL: none does */
   int64_t table_stride, sequences, block_size;
@@ -96,9 +96,15 @@ typedef struct {
 /* KVERN_OK when every size of the layer fits together; to be called once. */
 int kvern_check_layer(const kvern_layer* layer);
 
-/* One decoder layer: step->x += attention(norm(x)); step->x += feed_forward(norm(x)). `rows` is the layer's cache, into
- * which the latents of the tokens are written first. Checks the step's books, and nothing is written when they are bad. */
-int kvern_run_layer(const kvern_layer* layer, const kvern_step* step, void* rows);
+/* Fills slots and rotation from the books: angle = position * frequencies[i] in FP32, times `factor`. frequencies is
+ * [rope / 2]. Then, with a table [vocabulary, hidden] (dtype F32 or BF16), x from ids [tokens]; without one x stays. */
+int kvern_begin_step(const kvern_step* step, const float* frequencies, int64_t rope, float factor, const void* table,
+                     int dtype, int64_t vocabulary, int64_t hidden, const int64_t* ids);
+
+/* `count` decoder layers one after another: step->x += attention(norm(x)); step->x += feed_forward(norm(x)). `rows` is the
+ * cache of the first, that of the next lies layer_bytes further; the latents of the tokens are written to it first.
+ * Checks the step's books, and nothing is written when they are bad. */
+int kvern_run_layers(const kvern_layer* layers, int64_t count, const kvern_step* step, void* rows, int64_t layer_bytes);
 
 /* out[i] = norm(x[rows[i]]) in FP32 [count, hidden]; logits [count, head->n] = out head^T, when head is not NULL. */
 int kvern_run_head(const kvern_packed* head, const float* norm, float eps, const kvern_step* step, int64_t hidden,

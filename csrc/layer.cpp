@@ -10,6 +10,7 @@
 // Every stage is one round of the pool. A row of the result depends on its own token and context alone, bit for bit.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 
 #include "attention.h"
@@ -383,11 +384,40 @@ using namespace kvern;
 
 int kvern_check_layer(const kvern_layer* layer) { return layer && fits(*layer) ? KVERN_OK : KVERN_BAD_ARGUMENT; }
 
-int kvern_run_layer(const kvern_layer* layer, const kvern_step* step, void* rows) {
-  if (!layer || !step || !rows || !is_sound(*layer, *step)) return KVERN_BAD_ARGUMENT;
+int kvern_begin_step(const kvern_step* step, const float* frequencies, int64_t rope, float factor, const void* table,
+                     int dtype, int64_t vocabulary, int64_t hidden, const int64_t* ids) {
+  if (!step || !has_sound_books(*step) || !step->slots || rope < 0) return KVERN_BAD_ARGUMENT;
+  if (rope && (!frequencies || !step->rotation)) return KVERN_BAD_ARGUMENT;
+  if (table && (!ids || !step->x || (dtype != KVERN_F32 && dtype != KVERN_BF16))) return KVERN_BAD_ARGUMENT;
+  for (int64_t t = 0; table && t < step->tokens; ++t) {
+    if (ids[t] < 0 || ids[t] >= vocabulary) return KVERN_BAD_ARGUMENT;
+  }
+  for (int64_t s = 0; s < step->sequences; ++s) {
+    const int32_t* blocks = step->tables + s * step->table_stride;
+    for (int64_t t = step->starts[s]; t < step->starts[s + 1]; ++t) {
+      const int64_t position = step->contexts[s] - (step->starts[s + 1] - t);
+      step->slots[t] = blocks[position / step->block_size] * step->block_size + position % step->block_size;
+      for (int64_t i = 0; i < rope / 2; ++i) {
+        const float angle = static_cast<float>(position) * frequencies[i];
+        step->rotation[t * rope + 2 * i] = factor * std::cos(angle);
+        step->rotation[t * rope + 2 * i + 1] = factor * std::sin(angle);
+      }
+    }
+  }
+  for (int64_t t = 0; table && t < step->tokens; ++t) {
+    for (int64_t i = 0; i < hidden; ++i) step->x[t * hidden + i] = read_scalar(table, dtype, ids[t] * hidden + i);
+  }
+  return KVERN_OK;
+}
+
+int kvern_run_layers(const kvern_layer* layers, int64_t count, const kvern_step* step, void* rows, int64_t layer_bytes) {
+  if (!layers || count < 0 || !step || !rows || layer_bytes < 0) return KVERN_BAD_ARGUMENT;
+  if (count && !is_sound(layers[0], *step)) return KVERN_BAD_ARGUMENT;  // all layers of a model have one shape
   thread_local Arena arena;
-  arena.clear();
-  Layer(*layer, *step, rows, arena).run();
+  for (int64_t i = 0; i < count; ++i) {
+    arena.clear();
+    Layer(layers[i], *step, static_cast<uint8_t*>(rows) + i * layer_bytes, arena).run();
+  }
   return KVERN_OK;
 }
 

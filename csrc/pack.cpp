@@ -38,7 +38,7 @@ float number_at(const Packing& task, int64_t row, int64_t column) {
   return float_of_e4m3(static_cast<const uint8_t*>(task.weight)[at]) * scale;
 }
 
-void pack_e4m3(const Packing& task, int64_t panel, uint8_t* tiles) {
+void pack_e4m3(const Packing& task, int64_t panel, uint8_t* tiles, int64_t stride) {
   const auto* codes = static_cast<const uint8_t*>(task.weight);
   const int64_t rows = task.n - panel * kLanes < kLanes ? task.n - panel * kLanes : kLanes;
   bool has_nan = false;
@@ -46,7 +46,7 @@ void pack_e4m3(const Packing& task, int64_t panel, uint8_t* tiles) {
     const uint8_t* row = codes + (panel * kLanes + r) * task.stride;
     for (int64_t c = 0; c < task.k; ++c) {
       has_nan |= (row[c] & 0x7f) == 0x7f;
-      tiles[c / 4 * kTileBytes + byte_place(task.order, r, c % 4)] = row[c];
+      tiles[c / 4 * stride + byte_place(task.order, r, c % 4)] = row[c];
     }
   }
   if (has_nan) task.has_nan->store(true);
@@ -56,26 +56,27 @@ void pack_e4m3(const Packing& task, int64_t panel, uint8_t* tiles) {
   for (int64_t g = 0; g < groups; ++g) scales[g] = g * kDepth < task.k ? from[g] : 0.0f;
 }
 
-void pack_bf16(const Packing& task, int64_t panel, uint8_t* tiles) {
+void pack_bf16(const Packing& task, int64_t panel, uint8_t* tiles, int64_t stride) {
   const auto* words = static_cast<const uint16_t*>(task.weight);
-  auto* to = reinterpret_cast<uint16_t*>(tiles);
   for (int64_t r = 0; r < kLanes && panel * kLanes + r < task.n; ++r) {
     const uint16_t* row = words + (panel * kLanes + r) * task.stride;
     for (int64_t c = 0; c < task.k; ++c) {
-      to[c / 2 * 32 + (task.order == Order::kPairs ? 2 * r + c % 2 : 16 * (c % 2) + r)] = row[c];
+      const int64_t place = task.order == Order::kPairs ? 2 * r + c % 2 : 16 * (c % 2) + r;
+      std::memcpy(tiles + c / 2 * stride + 2 * place, row + c, sizeof *row);
     }
   }
 }
 
-void pack_f32(const Packing& task, int64_t panel, uint8_t* tiles) {
-  auto* to = reinterpret_cast<float*>(tiles);
+void pack_f32(const Packing& task, int64_t panel, uint8_t* tiles, int64_t stride) {
   for (int64_t r = 0; r < kLanes && panel * kLanes + r < task.n; ++r) {
-    for (int64_t c = 0; c < task.k; ++c) to[c * kLanes + r] = number_at(task, panel * kLanes + r, c);
+    for (int64_t c = 0; c < task.k; ++c) {
+      const float number = number_at(task, panel * kLanes + r, c);
+      std::memcpy(tiles + c * stride + 4 * r, &number, sizeof number);
+    }
   }
 }
 
-void pack_int4(const Packing& task, int64_t panel, uint8_t* tiles) {
-  std::memset(tiles, 0x88, static_cast<size_t>(task.padded() / 8 * kTileBytes));  // 8 stands for zero
+void pack_int4(const Packing& task, int64_t panel, uint8_t* tiles, int64_t stride) {
   const auto* words = static_cast<const uint32_t*>(task.weight);
   const int64_t groups = task.padded() / task.group;
   auto* scales = static_cast<uint16_t*>(task.scales) + panel * groups * kLanes;
@@ -85,24 +86,30 @@ void pack_int4(const Packing& task, int64_t panel, uint8_t* tiles) {
     const int64_t row = panel * kLanes + r;
     for (int64_t c = 0; c < task.k; ++c) {
       const uint32_t value = words[row * task.stride + c / 8] >> (4 * (c % 8)) & 15;
-      uint8_t& byte = tiles[c / 8 * kTileBytes + byte_place(task.order, r, c % 4)];
+      uint8_t& byte = tiles[c / 8 * stride + byte_place(task.order, r, c % 4)];
       byte = static_cast<uint8_t>(c % 8 < 4 ? (byte & 0xf0) | value : (byte & 0x0f) | value << 4);
     }
     for (int64_t g = 0; g < task.k / task.group; ++g) scales[g * kLanes + r] = from[row * task.scale_stride + g];
   }
 }
 
-void pack_panel(const void* context, int64_t panel) {
-  const auto& task = *static_cast<const Packing*>(context);
-  const int64_t bytes = task.padded() / depth_of(task.kind) * kTileBytes;
-  uint8_t* tiles = task.tiles + panel * bytes;
-  std::memset(tiles, 0, static_cast<size_t>(bytes));
+void pack_panel(const Packing& task, int64_t panel, Place place) {
+  uint8_t* tiles = task.tiles + place.offset;
   switch (task.kind) {
-    case KVERN_F32: return pack_f32(task, panel, tiles);
-    case KVERN_BF16: return pack_bf16(task, panel, tiles);
-    case KVERN_F8_E4M3: return pack_e4m3(task, panel, tiles);
-    default: return pack_int4(task, panel, tiles);
+    case KVERN_F32: return pack_f32(task, panel, tiles, place.stride);
+    case KVERN_BF16: return pack_bf16(task, panel, tiles, place.stride);
+    case KVERN_F8_E4M3: return pack_e4m3(task, panel, tiles, place.stride);
+    default: return pack_int4(task, panel, tiles, place.stride);
   }
+}
+
+// A pair of panels, first filled with zeros, for which 8 stands in 4 bits.
+void pack_pair(const void* context, int64_t pair) {
+  const auto& task = *static_cast<const Packing*>(context);
+  const int64_t bytes = task.padded() / depth_of(task.kind) * kTileBytes, all = round_up(task.n, kLanes) / kLanes;
+  const int64_t first = 2 * pair, last = first + 2 < all ? first + 2 : all;
+  std::memset(task.tiles + first * bytes, task.kind == KVERN_INT4 ? 0x88 : 0, static_cast<size_t>((last - first) * bytes));
+  for (int64_t panel = first; panel < last; ++panel) pack_panel(task, panel, place_of(panel, all, bytes));
 }
 
 bool is_group(int64_t group, int64_t k) { return (group == 32 || group == 128) && k % group == 0; }
@@ -167,7 +174,7 @@ int kvern_pack(void* tiles, void* scales, int kind, const void* weight, int dtyp
                group, n, k, &has_nan};
   if (!can_pack(task)) return KVERN_BAD_ARGUMENT;
   task.order = packed_kernels().order[kind];
-  parallel_for(round_up(n, kLanes) / kLanes, pack_panel, &task);
+  parallel_for(round_up(n, 2 * kLanes) / (2 * kLanes), pack_pair, &task);
   if (has_nan.load()) return KVERN_HAS_NAN;
   return KVERN_OK;
 }

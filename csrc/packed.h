@@ -2,7 +2,8 @@
 //
 // A panel holds 16 rows of W side by side, so that a register has one number of each and no sum ever crosses lanes. A
 // tile is 64 bytes of a panel, 16 rows by as many columns as fit (16 x 4 for E4M3, 16 x 2 for BF16, 16 x 1 for FP32,
-// 16 x 8 for 4 bits); the tiles of a panel follow each other, and the panels too: a product reads one stream.
+// 16 x 8 for 4 bits). Panels lie in pairs, tile by tile in turn, and the pairs follow each other: a product reads one
+// stream, and has two independent sums to add to even with a single row of x. A last panel without a partner lies alone.
 //
 // y[m] = sum over groups g of columns of scale[g] * (sum over k in g, in order, of W[:, k] x[m, k]) is summed in the same
 // order in every form of the kernels, so a row of y depends on its row of x alone, bit for bit: not on how many rows
@@ -74,6 +75,16 @@ extern const PackedKernels kScalarPacked;
 extern const PackedKernels kAvx2Packed;
 extern const PackedKernels kAvx512Packed;
 extern const PackedKernels kAvx512Bf16Packed;
+
+// Where the tiles of a panel lie: the first, and how many bytes further the next.
+struct Place {
+  int64_t offset, stride;
+};
+
+inline Place place_of(int64_t panel, int64_t panels, int64_t panel_bytes) {
+  if (panel % 2 == 0 && panel + 1 == panels) return {panel * panel_bytes, kTileBytes};
+  return {panel / 2 * 2 * panel_bytes + panel % 2 * kTileBytes, 2 * kTileBytes};
+}
 
 inline int64_t padded_k(const kvern_packed& w) { return round_up(w.k, kPadding); }
 inline int64_t panels(const kvern_packed& w) { return (w.n + kLanes - 1) / kLanes; }

@@ -14,7 +14,7 @@ struct Avx2Singles {
   using reg = Halves;
   static constexpr int64_t columns = 6;
   static constexpr int tiled_panels = 1;
-  static constexpr int panels(int m) { return m == 1 ? 4 : m <= 3 ? 2 : 1; }
+  static constexpr int panels(int m) { return m <= 3 ? 2 : 1; }
 
   static reg zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static reg load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

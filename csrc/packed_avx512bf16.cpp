@@ -13,7 +13,7 @@ struct Pairs {
   using reg = __m512;
   static constexpr int64_t columns = 12;
   static constexpr int tiled_panels = 2;
-  static constexpr int panels(int m) { return m <= 6 ? 4 : 2; }
+  static constexpr int panels(int) { return 2; }
 
   static reg zero() { return _mm512_setzero_ps(); }
   static reg load(const float* p) { return _mm512_loadu_ps(p); }

@@ -3,7 +3,7 @@
 //   zero, load, store        of 16 FP32 numbers; mul_add(a, b, c) = a * b + c; add
 //   dot(acc, w, x)           acc + w . x for one element x of a column (see Columns)
 //   scales(const uint16_t*)  16 BF16 numbers as FP32; broadcast(float)
-//   panels(columns)          panels at a time for so many columns, so that the sums stay in registers
+//   panels(columns)          panels at a time, 1 or 2, for so many columns, so that the sums stay in registers
 //   columns                  most columns in a group
 // and for each kind of weight a struct with `depth` (columns of W in a tile); decode(tile, step, reg*), which gives
 // `registers` a step in `steps` steps; `is_scaled`, `is_grouped` (a scale for each row and group); `factor` (what decoded
@@ -42,14 +42,22 @@ template <class V, int P, int M>
   }
 }
 
-// sums += `count` tiles of P panels, `distance` bytes apart, times M columns.
+// The tiles of P panels, `distance` bytes apart, and `stride` bytes from one tile to the next.
+struct Tiles {
+  const uint8_t* first;
+  int64_t distance, stride;
+  const uint8_t* at(int64_t tile) const { return first + tile * stride; }
+};
+
+// sums += `count` tiles of P panels times M columns.
 template <class V, class K, int P, int M>
-[[gnu::always_inline]] inline void accumulate_tiles(const uint8_t* tiles, int64_t distance, int64_t count,
-                                                    const uint32_t* x, Sums<V, P, M>& sums) {
-  for (int64_t t = 0; t < count; ++t, tiles += kTileBytes) {
+[[gnu::always_inline]] inline void accumulate_tiles(const Tiles& from, int64_t first, int64_t count, const uint32_t* x,
+                                                    Sums<V, P, M>& sums) {
+  const uint8_t* tiles = from.at(first);
+  for (int64_t t = 0; t < count; ++t, tiles += from.stride) {
     for (int step = 0; step < K::steps; ++step, x += K::registers * M) {
       typename V::reg w[P][K::registers];
-      for (int p = 0; p < P; ++p) K::decode(tiles + p * distance, step, w[p]);
+      for (int p = 0; p < P; ++p) K::decode(tiles + p * from.distance, step, w[p]);
       for (int u = 0; u < K::registers; ++u) {
         for (int m = 0; m < M; ++m) {
           for (int p = 0; p < P; ++p) sums[p][m] = V::dot(sums[p][m], w[p][u], x + u * M + m);
@@ -78,16 +86,16 @@ struct Panels {
     }
   }
 
-  // `tiles` of column `begin`, in the coding of D: K itself, or its decoded form.
+  // `tiles` begin with column `begin`, in the coding of D: K itself, or its decoded form.
   template <class D>
-  [[gnu::always_inline]] void add(const uint8_t* tiles, int64_t distance, int64_t begin, int64_t count,
-                                  const uint32_t* x, float* totals, int64_t width) const {
+  [[gnu::always_inline]] void add(const Tiles& tiles, int64_t begin, int64_t count, const uint32_t* x, float* totals,
+                                  int64_t width) const {
     if constexpr (!K::is_scaled) {
       Sums<V, P, M> sums;
       for (int p = 0; p < P; ++p) {
         for (int m = 0; m < M; ++m) sums[p][m] = V::load(totals + (m * width + p) * kLanes);
       }
-      accumulate_tiles<V, D, P, M>(tiles, distance, count / D::depth, x, sums);
+      accumulate_tiles<V, D, P, M>(tiles, 0, count / D::depth, x, sums);
       for (int p = 0; p < P; ++p) {
         for (int m = 0; m < M; ++m) V::store(totals + (m * width + p) * kLanes, sums[p][m]);
       }
@@ -97,8 +105,7 @@ struct Panels {
       const int64_t now = least(group(), count - done);
       Sums<V, P, M> sums;
       clear<V, P, M>(sums);
-      accumulate_tiles<V, D, P, M>(tiles + done / D::depth * kTileBytes, distance, now / D::depth,
-                                   x + done / D::depth * kElements<D> * M, sums);
+      accumulate_tiles<V, D, P, M>(tiles, done / D::depth, now / D::depth, x + done / D::depth * kElements<D> * M, sums);
       for (int p = 0; p < P; ++p) {
         const auto by = scale(p, (begin + done) / group());
         for (int m = 0; m < M; ++m) {
@@ -139,15 +146,21 @@ void deliver(const Product& task, int64_t first, int64_t count, const float* tot
   }
 }
 
-// All columns of x in one group: tiles are decoded straight into registers.
+// The tiles of `panel`, and of its partner beside them.
+template <class K>
+Tiles tiles_of(const kvern_packed& w, int64_t panel) {
+  const auto place = kvern::place_of(panel, kvern::panels(w), kvern::padded_k(w) / K::depth * kTileBytes);
+  return {static_cast<const uint8_t*>(w.tiles) + place.offset, kTileBytes, place.stride};
+}
+
+// All columns of x in one group: tiles are decoded straight into registers. `first` is even.
 template <class V, class K, int P, int M>
 void direct(const Product& task, int64_t first, int64_t last) {
-  const int64_t padded = kvern::padded_k(task.w), bytes = padded / K::depth * kTileBytes;
-  const auto* tiles = static_cast<const uint8_t*>(task.w.tiles);
+  const int64_t padded = kvern::padded_k(task.w);
   for (; first + P <= last; first += P) {
     alignas(64) float totals[M * P * kLanes] = {};
     const Panels<V, K, P, M> panels{task.w, padded, first};
-    panels.template add<K>(tiles + first * bytes, bytes, 0, padded, task.x.data, totals, P);
+    panels.template add<K>(tiles_of<K>(task.w, first), 0, padded, task.x.data, totals, P);
     deliver<V>(task, first, P, totals, P, 0, M);
   }
   if constexpr (P > 1) direct<V, K, 1, M>(task, first, last);
@@ -171,41 +184,39 @@ struct Tiled {
   }
 
   template <int P, int M>
-  void add(int64_t first, int64_t begin, int64_t count, const uint8_t* tiles, int64_t distance, int64_t column) {
+  void add(int64_t first, int64_t begin, int64_t count, const Tiles& tiles, int64_t column) {
     const Columns& x = task.x;
     const Panels<V, K, P, M> panels{task.w, kvern::padded_k(task.w), first};
     const uint32_t* elements = x.data + column * x.elements + begin / D::depth * kElements<D> * M;
-    panels.template add<D>(tiles, distance, begin, count, elements, totals + column * kPanels * kLanes, kPanels);
+    panels.template add<D>(tiles, begin, count, elements, totals + column * kPanels * kLanes, kPanels);
   }
 
   template <int P, int M = V::columns>
-  void group(int64_t columns, int64_t first, int64_t begin, int64_t count, const uint8_t* tiles, int64_t distance,
-             int64_t column) {
+  void group(int64_t columns, int64_t first, int64_t begin, int64_t count, const Tiles& tiles, int64_t column) {
     if constexpr (M > 1) {
-      if (columns < M) return group<P, M - 1>(columns, first, begin, count, tiles, distance, column);
+      if (columns < M) return group<P, M - 1>(columns, first, begin, count, tiles, column);
     }
-    add<P, M>(first, begin, count, tiles, distance, column);
+    add<P, M>(first, begin, count, tiles, column);
   }
 
   template <int P>
   void panels(int64_t first) {
-    const int64_t padded = kvern::padded_k(task.w), bytes = padded / K::depth * kTileBytes;
+    const int64_t padded = kvern::padded_k(task.w);
+    const Tiles stored = tiles_of<K>(task.w, first);
     std::memset(totals, 0, static_cast<size_t>(task.x.count * kPanels * kLanes) * sizeof(float));
     for (int64_t begin = 0; begin < padded; begin += kDepth) {
       const int64_t count = least(kDepth, padded - begin);
-      const uint8_t* tiles = static_cast<const uint8_t*>(task.w.tiles) + first * bytes + begin / K::depth * kTileBytes;
-      int64_t distance = bytes;
+      Tiles tiles{stored.at(begin / K::depth), stored.distance, stored.stride};
       if constexpr (D::is_decoded) {
         for (int p = 0; p < P; ++p) {
           for (int64_t t = 0; t < count / K::depth; ++t) {
-            decode_tile(tiles + p * bytes + t * kTileBytes, decoded[p] + t * kElements<K> * kTileBytes);
+            decode_tile(tiles.at(t) + p * tiles.distance, decoded[p] + t * kElements<K> * kTileBytes);
           }
         }
-        tiles = decoded[0];
-        distance = sizeof decoded[0];
+        tiles = {decoded[0], sizeof decoded[0], kTileBytes};
       }
       for (int64_t column = 0; column < task.x.count; column += task.x.group) {
-        group<P>(least(task.x.group, task.x.count - column), first, begin, count, tiles, distance, column);
+        group<P>(least(task.x.group, task.x.count - column), first, begin, count, tiles, column);
       }
     }
     deliver<V>(task, first, P, totals, kPanels, 0, task.x.count);

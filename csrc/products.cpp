@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kArenaBytes = 1 << 20;
 constexpr int64_t kChunkBytes = 96 * 1024;  // of weights: 3 to 6 microseconds of memory traffic
-constexpr int64_t kChunkPanels = 4;         // kernels work on so many panels at a time
+constexpr int64_t kChunkPanels = 2;         // panels lie in pairs
 
 void multiply_picks(const Product& product, const Source& source, int64_t first, int64_t last) {
   const kvern_packed& w = product.w;
@@ -164,7 +164,7 @@ void Sequence::run() const {
   struct Work {
     const std::vector<Link>& links;
     int64_t all, step;
-  } work{links_, panels(links_[0].product.w), chunk_panels(bytes)};
+  } work{links_, panels(links_[0].product.w), chunk_panels(bytes / 4)};
   parallel_for(
       (work.all + work.step - 1) / work.step,
       [](const void* context, int64_t index) {

@@ -46,7 +46,7 @@ bool experts_fit(const kvern_layer& layer) {
          layer.top_k >= 1 && layer.top_k <= layer.kept_groups * (layer.routed / layer.groups);
 }
 
-bool books_are_sound(const kvern_step& step) {
+bool books_balance(const kvern_step& step) {
   if (!step.starts || !step.contexts || !step.tables || step.starts[0] != 0 ||
       step.starts[step.sequences] != step.tokens) {
     return false;
@@ -83,10 +83,14 @@ bool fits(const kvern_packed& w) {
 
 bool fits(const kvern_layer& layer) { return layer.hidden >= 1 && attention_fits(layer) && experts_fit(layer); }
 
+bool has_sound_books(const kvern_step& step) {
+  return step.tokens >= 1 && step.sequences >= 1 && step.block_size >= 1 && step.row_count >= 1 && step.table_stride >= 1 &&
+         books_balance(step);
+}
+
 bool is_sound(const kvern_layer& layer, const kvern_step& step) {
-  if (step.tokens < 1 || step.sequences < 1 || step.block_size < 1 || step.row_count < 1 || step.table_stride < 1) return false;
   if (!step.x || !step.slots || (layer.rope && !step.rotation) || step.row_stride < layer.rank + layer.rope) return false;
-  if (!is_float(step.rows_dtype) || !is_float(step.activations) || !books_are_sound(step)) return false;
+  if (!is_float(step.rows_dtype) || !is_float(step.activations) || !has_sound_books(step)) return false;
   for (int64_t t = 0; t < step.tokens; ++t) {
     if (step.slots[t] < 0 || step.slots[t] >= step.row_count) return false;
   }

@@ -7,6 +7,7 @@ namespace kvern {
 
 bool fits(const kvern_packed& w);
 bool fits(const kvern_layer& layer);
-bool is_sound(const kvern_layer& layer, const kvern_step& step);
+bool has_sound_books(const kvern_step& step);
+bool is_sound(const kvern_layer& layer, const kvern_step& step);  // slots and buffers as well
 
 }  // namespace kvern

@@ -172,19 +172,15 @@ struct Model {
     const auto tokens = static_cast<int64_t>(x.size()) / hidden;
     std::vector<int32_t> starts{0}, tables;
     const int64_t stride = (tokens + block - 1) / block, rows = static_cast<int64_t>(counts.size()) * stride * block;
-    std::vector<int64_t> slots;
-    std::vector<float> rotation;
     for (size_t s = 0; s < counts.size(); ++s) {
       starts.push_back(starts.back() + counts[s]);
-      for (int64_t b = 0; b < stride; ++b) tables.push_back(static_cast<int32_t>(rows / block - 1 - static_cast<int64_t>(s) * stride - b));
-      for (int64_t t = 0; t < counts[s]; ++t) {
-        slots.push_back(tables[s * static_cast<size_t>(stride) + static_cast<size_t>(t / block)] * block + t % block);
-        for (int64_t p = 0; p < rope / 2; ++p) {
-          rotation.push_back(std::cos(static_cast<float>(t * (p + 1))));
-          rotation.push_back(std::sin(static_cast<float>(t * (p + 1))));
-        }
+      for (int64_t b = 0; b < stride; ++b) {
+        tables.push_back(static_cast<int32_t>(rows / block - 1 - static_cast<int64_t>(s) * stride - b));
       }
     }
+    std::vector<int64_t> slots(static_cast<size_t>(tokens)), ids(slots);
+    std::vector<float> rotation(static_cast<size_t>(tokens * rope)), table(x.begin(), x.begin() + hidden);
+    const std::vector<float> frequencies(static_cast<size_t>(rope / 2), 0.5f);
     std::vector<uint8_t> cache(static_cast<size_t>(rows * (rank + rope)) * (activations == KVERN_F32 ? 4 : 2));
     const std::vector<uint8_t> flags(counts.size(), 1);
     std::vector<int64_t> counters(KVERN_COUNTERS);
@@ -204,10 +200,18 @@ struct Model {
     step.row_stride = rank + rope;
     step.rows_dtype = step.activations = activations;
     step.counters = counters.data();
-    require(kvern_run_layer(&layer, &step, cache.data()) == KVERN_OK, "layer");
+    require(kvern_begin_step(&step, frequencies.data(), rope, 1.0f, table.data(), KVERN_F32, 1, hidden, ids.data()) == KVERN_OK,
+            "the beginning of a step");
+    require(std::equal(table.begin(), table.end(), out.end() - hidden), "the embedding");
+    ids.back() = 1;
+    require(kvern_begin_step(&step, frequencies.data(), rope, 1.0f, table.data(), KVERN_F32, 1, hidden, ids.data()) ==
+                KVERN_BAD_ARGUMENT, "an id outside the vocabulary");
+    out = x;
+    step.x = out.data();
+    require(kvern_run_layers(&layer, 1, &step, cache.data(), 0) == KVERN_OK, "layer");
     const std::vector<float> whole = out;
     slots.back() = rows;
-    require(kvern_run_layer(&layer, &step, cache.data()) == KVERN_BAD_ARGUMENT && out == whole, "a slot outside the cache");
+    require(kvern_run_layers(&layer, 1, &step, cache.data(), 0) == KVERN_BAD_ARGUMENT && out == whole, "a slot outside the cache");
     return out;
   }
 };

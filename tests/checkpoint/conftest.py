@@ -41,9 +41,11 @@ def tiny_fp8(tmp_path_factory: pytest.TempPathFactory, tiny_tensors: dict[str, t
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    """Copies a checkpoint folder so that a test may damage it."""
+    """Copies a checkpoint folder, without packed weights, so that a test may damage it."""
+
+    unpacked = shutil.ignore_patterns("packed-*")
 
     def copy(folder: Path) -> Path:
-        return Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}"))
+        return Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}", ignore=unpacked))
 
     return copy

@@ -132,5 +132,5 @@ def test_a_step_whose_books_are_wrong_is_refused() -> None:
     view = cache.step([Span([0, 1], 0, LENGTH // 9)])
     batch = ForwardBatch(torch.arange(10), view.positions, (0, 10), view)
     view.tables[0, 1] = 2
-    with pytest.raises(IndexError, match="block or slot lies outside"):
+    with pytest.raises(IndexError, match="a block outside the cache"):
         model(batch)

@@ -34,15 +34,16 @@ class RandomLatents(nn.Module):
 
 
 class RandomRows:
-    """The same for a packed layer."""
+    """Stands for packed layers: stores such rows for the batch's tokens, and x stays as it came."""
 
-    def __init__(self, layer: int, rows_RD: Tensor) -> None:
-        self.layer, self.rows_RD = layer, rows_RD
+    def __init__(self, rows_RD: Tensor) -> None:
+        self.rows_RD = rows_RD
 
-    def __call__(self, step: PackedStep, index: int) -> None:
+    def __call__(self, step: PackedStep, first: int, count: int) -> None:
         """Only the rows of the step's tokens are written."""
-        slots, rows = step.pages.slots, step.pages.rows[index]
-        rows.index_copy_(0, slots, self.rows_RD[self.layer : self.layer + len(slots)].to(rows.dtype))
+        for layer in range(first, first + count):
+            rows = step.pages.rows[layer]
+            rows.index_copy_(0, step.slots, self.rows_RD[layer : layer + len(step.slots)].to(rows.dtype))
 
 
 def fill(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
@@ -62,7 +63,7 @@ def random_latents(model: Model, most_tokens: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     rows_RD = torch.randn(most_tokens + count, config.latent_dim, generator=generator).to(model.activation_dtype)
     if isinstance(model, PackedTransformer):
-        packed_layers, model.layers = model.layers, [RandomRows(layer, rows_RD) for layer in range(count)]
+        packed_layers, model.layers = model.layers, RandomRows(rows_RD)
         try:
             yield
         finally:

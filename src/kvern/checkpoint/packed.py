@@ -37,7 +37,7 @@ from kvern.model.packed import PackedNow, PackedTransformer, PackedWeights
 from kvern.ops import packed
 
 MAGIC = b"KVPACK01"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 FOOTER = struct.Struct("<QQQQ")
 PARTS = ("tiles", "scales", "picks", "factors")

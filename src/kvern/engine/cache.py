@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -39,35 +41,46 @@ class PagedCache:
 
     def step(self, spans: Sequence[Span]) -> StepCache:
         """The view of one forward pass over `spans`, in the batch's order."""
-        size = self.block_size
-        counts = np.array([span.count for span in spans])
-        computed = np.array([span.computed for span in spans])
-        starts = np.concatenate([[0], counts.cumsum()])
-        used = -(-(computed + counts) // size)
-        tables = np.zeros((len(spans), used.max()), dtype=np.int32)
+        contexts = [span.computed + span.count for span in spans]
+        used = [-(-context // self.block_size) for context in contexts]
+        tables = np.zeros((len(spans), max(used)), dtype=np.int32)
         for row, span in enumerate(spans):
             tables[row, : used[row]] = span.blocks[: used[row]]
-        owners = np.repeat(np.arange(len(spans)), counts)
-        positions = np.arange(starts[-1]) + (computed - starts[:-1])[owners]
-        slots = tables[owners, positions // size].astype(np.int64) * size + positions % size
-        books = (tables, (computed + counts).astype(np.int32), starts.astype(np.int32), positions, slots)
-        return StepCache(self, *map(torch.from_numpy, books))
+        starts = tuple(accumulate((span.count for span in spans), initial=0))
+        books = (tables, np.array(contexts, dtype=np.int32), np.array(starts, dtype=np.int32))
+        return StepCache(self, starts, *map(torch.from_numpy, books))
 
 
 @dataclass(frozen=True)
 class StepCache:
     """A `LatentCache` for one forward pass.
 
-    tables [S, blocks] int32; contexts [S] int32, this step's tokens included; starts [S + 1] int32, offsets into the
-    tokens; positions [T] and slots [T] int64, the row of each token.
+    query_starts and starts [S + 1] int32: offsets into the tokens; tables [S, blocks] int32; contexts [S] int32, this
+    step's tokens included.
     """
 
     cache: PagedCache
+    query_starts: tuple[int, ...]
     tables: Tensor
     contexts: Tensor
     starts: Tensor
-    positions: Tensor
-    slots: Tensor
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[T] int64, the place of each token in its sequence."""
+        last = self.contexts - self.starts[1:]
+        return torch.arange(self.query_starts[-1]) + last.long()[self._owners]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[T] int64, the row of each token."""
+        blocks, size = self.tables[self._owners, self.positions // self.block_size].long(), self.block_size
+        return blocks * size + self.positions % size
+
+    @cached_property
+    def _owners(self) -> Tensor:
+        """[T] int64, the sequence of each token."""
+        return torch.repeat_interleave(torch.arange(len(self.contexts)), self.starts.diff())
 
     @property
     def rows(self) -> Tensor:

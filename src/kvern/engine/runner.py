@@ -36,7 +36,7 @@ class Runner:
 
     def __init__(self, model: Model, cache: PagedCache, *, mtp: bool = False) -> None:
         self.model, self.cache, self.mtp = model, cache, mtp
-        self._kernel_rows = _kernel_rows(model, cache)
+        self._kernel_rows = _kernel_rows(model)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Computed:
@@ -77,8 +77,8 @@ class Runner:
         view = self.cache.step(spans)
         return ForwardBatch(
             tokens=torch.tensor(tokens),
-            positions=view.positions,
-            query_starts=tuple(view.starts.tolist()),
+            positions=None,
+            query_starts=view.query_starts,
             cache=view,
             logits_at=torch.tensor(wanted, dtype=torch.int64),
         )
@@ -100,10 +100,10 @@ def _logits(chunk: Chunk) -> int:
     return int(chunk.count == request.pending) + len(chunk.drafts)
 
 
-def _kernel_rows(model: Model, cache: PagedCache) -> int:
-    """Rows of a step up to which torch computes nothing that wants threads."""
+def _kernel_rows(model: Model) -> int:
+    """Rows of a step up to which the kernels compute while torch waits; a packed model leaves torch nothing to do."""
     if isinstance(model, PackedTransformer):
-        return cache.rows.shape[1]
+        return 0
     return native.kernel_rows(model.activation_dtype, model.lm_head.dtype)
 
 

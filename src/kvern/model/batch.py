@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -46,13 +46,16 @@ class PagedLatents(Protocol):
 
     rows [layers, N, D]: token r of sequence s lies in rows[layer, tables[s, r // block_size] * block_size + r %
     block_size]. tables [S, blocks] int32; contexts [S] int32, this batch's tokens included; starts [S + 1] int32,
-    offsets into the tokens; slots [T] int64, the row of each token.
+    offsets into the tokens.
     """
 
     tables: Tensor
     contexts: Tensor
     starts: Tensor
-    slots: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] int64, the place of each token in its sequence."""
 
     @property
     def rows(self) -> Tensor:
@@ -94,12 +97,13 @@ class BatchLatents:
 class ForwardBatch:
     """T tokens of S sequences.
 
-    tokens: [T] int64. positions: [T] int64, consecutive within each sequence. query_starts: S + 1 offsets into tokens.
+    tokens: [T] int64. positions: [T] int64, consecutive within each sequence; None: a paged cache tells, and without a
+    cache every sequence begins at 0. query_starts: S + 1 offsets into tokens.
     logits_at: [L] int64, the tokens whose logits are wanted; None: all. form: which MLA form; None: the cheaper one.
     """
 
     tokens: Tensor
-    positions: Tensor
+    positions: Tensor | None
     query_starts: tuple[int, ...]
     cache: LatentCache | None = None
     logits_at: Tensor | None = None
@@ -120,11 +124,20 @@ class ForwardBatch:
         return slice(self.query_starts[sequence], self.query_starts[sequence + 1])
 
     @cached_property
+    def places(self) -> Tensor:
+        """[T] int64: `positions`, wherever they come from."""
+        if self.positions is not None:
+            return self.positions
+        if self.cache is not None:
+            return cast(PagedLatents, self.cache).positions
+        return torch.cat([torch.arange(last - first) for first, last in pairwise(self.query_starts)])
+
+    @cached_property
     def contexts(self) -> tuple[int, ...]:
         """Context rows of each sequence, its tokens of this batch included."""
         if self.cache is None:
             return tuple(last - first for first, last in pairwise(self.query_starts))
-        ends: list[int] = self.positions[torch.tensor(self.query_starts[1:]) - 1].tolist()
+        ends: list[int] = self.places[torch.tensor(self.query_starts[1:]) - 1].tolist()
         return tuple(end + 1 for end in ends)
 
     @cached_property

@@ -53,11 +53,6 @@ class PackedLayer:
     struct: packed.Layer
     kept: tuple[object, ...]
 
-    def __call__(self, step: PackedStep, index: int) -> None:
-        """step.x += attention; step.x += feed_forward; the latents go to the cache of layer `index`."""
-        pages = step.pages
-        packed.run_layer(self.struct, step.struct, pages.address + index * pages.layer_bytes)
-
 
 class PackedTransformer:
     """`packed_model(batch)` gives logits, as `Transformer` does; `model` is what it was packed from."""
@@ -65,12 +60,15 @@ class PackedTransformer:
     def __init__(self, model: Transformer, weights: PackedWeights) -> None:
         self.model, self.config = model, model.config
         self.activation_dtype = model.activation_dtype
-        self.layers: Sequence[Callable[[PackedStep, int], None]] = [
-            pack_layer(layer, self.config, f"model.layers.{index}", weights)
-            for index, layer in enumerate(model.model.layers)
-        ]
+        self.layers: Layers = PackedLayers(
+            [
+                pack_layer(layer, self.config, f"model.layers.{index}", weights)
+                for index, layer in enumerate(model.model.layers)
+            ]
+        )
         self.norm = model.model.norm.weight.float()
         self.head = _linear(model.lm_head, "lm_head", weights)
+        self._head_struct = self.head.struct()
         self.mtp_parts = [
             self._mtp_parts(layer, f"model.layers.{index}", weights)
             for index, layer in enumerate(model.model.layers)
@@ -83,7 +81,7 @@ class PackedTransformer:
         """Logits [L, vocab_size] float32 of the tokens `batch.logits_at`, of all when that is None."""
         step = self._run(batch)
         rows = torch.arange(len(batch.tokens)) if batch.logits_at is None else batch.logits_at
-        return self._head(self.head, self.norm, self.config.rms_norm_eps, step, rows)[1]
+        return self._head(self._head_struct, self.norm, self.config.rms_norm_eps, step, rows)[1]
 
     @property
     def has_mtp(self) -> bool:
@@ -109,9 +107,9 @@ class PackedTransformer:
         joined = torch.cat([embedded, layer.hnorm(hidden_TE.float())], dim=-1)
         join, head = self.mtp_parts[depth]
         x_TE = packed.multiply(joined, join, activations=self.activation_dtype)
-        pages = Pages.of(batch, self.config, self.activation_dtype)
-        step = self._step(batch, pages, x_TE)
-        self.layers[index](step, index)
+        step = self._step(batch, x_TE)
+        packed.begin_step(step.struct, self.model.model.frequencies, self.model.model.rotation_factor)
+        self.layers(step, index, 1)
         norm, every = layer.shared_head.norm, torch.arange(len(batch.tokens))
         states = self._head(None, norm.weight.float(), norm.eps, step, every)[0]
         wanted = states if batch.logits_at is None else states[batch.logits_at]
@@ -128,26 +126,28 @@ class PackedTransformer:
 
     def _run(self, batch: ForwardBatch) -> PackedStep:
         """All decoder layers; what flows between them is left in the step."""
-        pages = Pages.of(batch, self.config, self.activation_dtype)
-        step = self._step(batch, pages, self.model.model.embed_tokens(batch.tokens).float())
-        for index in range(self.config.num_hidden_layers):
-            self.layers[index](step, index)
+        step = self._step(batch, torch.empty(len(batch.tokens), self.config.hidden_size))
+        decoder = self.model.model
+        table = decoder.embed_tokens.weight
+        packed.begin_step(step.struct, decoder.frequencies, decoder.rotation_factor, table, batch.tokens)
+        self.layers(step, 0, self.config.num_hidden_layers)
         return step
 
     def _head(
-        self, head: packed.Packed | None, norm: Tensor, eps: float, step: PackedStep, rows: Tensor
+        self, head: packed.Weight | None, norm: Tensor, eps: float, step: PackedStep, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         return packed.run_head(head, norm, eps, step.struct, self.config.hidden_size, rows)
 
-    def _step(self, batch: ForwardBatch, pages: Pages, x_TE: Tensor) -> PackedStep:
-        x_TE = x_TE.contiguous()
-        rotation = torch.view_as_real(self.model.model.rotation(batch)).contiguous()
+    def _step(self, batch: ForwardBatch, x_TE: Tensor) -> PackedStep:
+        pages = Pages.of(batch, self.config, self.activation_dtype)
+        rotation = torch.empty(len(batch.tokens), self.config.qk_rope_head_dim)
+        slots = torch.empty(len(batch.tokens), dtype=torch.int64)
         expanded = split_forms(self.config, batch)[1]
         flags = None
         if expanded:
             flags = torch.zeros(len(batch.query_starts) - 1, dtype=torch.uint8)
             flags[list(expanded)] = 1
-        kept = (x_TE, rotation, pages.slots, pages.tables, pages.contexts, pages.starts, flags)
+        kept = (x_TE, rotation, slots, pages.tables, pages.contexts, pages.starts, flags)
         struct = packed.Step(
             len(batch.tokens),
             *(packed.address(one) for one in kept),
@@ -160,15 +160,37 @@ class PackedTransformer:
             CODES[self.activation_dtype],
             packed.address(self.counters),
         )
-        return PackedStep(struct, pages, kept)
+        return PackedStep(struct, pages, slots, kept)
+
+
+class Layers(Protocol):
+    """Runs decoder layers."""
+
+    def __call__(self, step: PackedStep, first: int, count: int) -> None:
+        """Layers first .. first + count - 1: step.x += attention; step.x += feed_forward, latents to the cache."""
+
+
+class PackedLayers:
+    """All layers' C structs in one array, so that a step is one call."""
+
+    def __init__(self, layers: Sequence[PackedLayer]) -> None:
+        self._array = (packed.Layer * len(layers))(*(layer.struct for layer in layers))
+        self._kept = layers
+
+    def __call__(self, step: PackedStep, first: int, count: int) -> None:
+        """See Layers."""
+        pages = step.pages
+        rows = pages.rows.data_ptr() + first * pages.layer_bytes
+        packed.run_layers(self._array, first, count, step.struct, rows, pages.layer_bytes)
 
 
 @dataclass(frozen=True)
 class PackedStep:
-    """A step's C struct, the books of its cache, and whatever else the struct points into."""
+    """A step's C struct, the books of its cache, the cache row of each token, and what else the struct points into."""
 
     struct: packed.Step
     pages: Pages
+    slots: Tensor
     kept: tuple[Tensor | None, ...]
 
 
@@ -179,7 +201,6 @@ class Pages:
     tables: Tensor
     contexts: Tensor
     starts: Tensor
-    slots: Tensor
     block_size: int
     rows: Tensor
 
@@ -189,7 +210,7 @@ class Pages:
         if batch.cache is None:
             return cls._alone(batch, config, dtype)
         cache = cast(PagedLatents, batch.cache)
-        return cls(cache.tables, cache.contexts, cache.starts, cache.slots, cache.block_size, cache.rows)
+        return cls(cache.tables, cache.contexts, cache.starts, cache.block_size, cache.rows)
 
     @classmethod
     def _alone(cls, batch: ForwardBatch, config: ModelConfig, dtype: torch.dtype) -> Pages:
@@ -199,14 +220,9 @@ class Pages:
             tables[row, : last - first] = torch.arange(first, last)
         count = len(batch.tokens)
         rows = torch.empty(1, count, config.latent_dim, dtype=dtype)
-        return cls(tables, starts.diff(), starts, torch.arange(count), 1, rows)
+        return cls(tables, starts.diff(), starts, 1, rows)
 
-    @cached_property
-    def address(self) -> int:
-        """Where the rows of the first layer begin."""
-        return self.rows.data_ptr()
-
-    @cached_property
+    @property
     def layer_bytes(self) -> int:
         """From the rows of one layer to those of the next."""
         return self.rows.stride(0) * self.rows.element_size() if len(self.rows) > 1 else 0

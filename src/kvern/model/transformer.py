@@ -36,9 +36,13 @@ class Decoder(nn.Module):
 
     def rotation(self, batch: ForwardBatch) -> Tensor:
         """[T, qk_rope_head_dim / 2] complex64 for the batch's positions."""
+        return rotations(batch.places, self.frequencies.to(batch.places.device), self.rotation_factor)
+
+    @property
+    def rotation_factor(self) -> float:
+        """What every rotation is multiplied by; 1 for V3."""
         scaling = self.config.rope_scaling
-        factor = scaling.rotation_factor if scaling else 1.0
-        return rotations(batch.positions, self.frequencies.to(batch.positions.device), factor)
+        return scaling.rotation_factor if scaling else 1.0
 
     def forward(self, batch: ForwardBatch, activation_dtype: torch.dtype) -> Tensor:
         """Hidden states [T, hidden] after the last norm."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvern.errors import ConfigError
 from kvern.plan.hardware import default_threads
 
-ABI = 3
+ABI = 4
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 ISA_ERRORS = {1: "no such instruction set", 2: "this CPU, or this build, lacks it"}
 
@@ -118,7 +118,9 @@ def _declare_packed(lib: ctypes.CDLL) -> None:
     lib.kvern_hash.argtypes = [pointer, size]
     lib.kvern_hash.restype = ctypes.c_uint64
     lib.kvern_check_layer.argtypes = [pointer]
-    lib.kvern_run_layer.argtypes = [pointer, pointer, pointer]
+    lib.kvern_run_layers.argtypes = [pointer, size, pointer, pointer, size]
+    frequencies: list[Any] = [pointer, size, ctypes.c_float]
+    lib.kvern_begin_step.argtypes = [pointer, *frequencies, pointer, code, size, size, pointer]
     lib.kvern_run_head.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, pointer, size, pointer, pointer]
     q_kv_rope: list[Any] = [pointer, pointer, pointer, pointer, size, code]
     lib.kvern_expanded_attention.argtypes = [*q_kv_rope, size, size, size, size, size, size, ctypes.c_float]

@@ -186,21 +186,43 @@ def check_layer(layer: Layer) -> None:
         raise KvernError("the shapes of a packed layer do not fit together")
 
 
-def run_layer(layer: Layer, step: Step, rows: int) -> None:
-    """step.x += attention(norm(x)), then += feed_forward(norm(x)); the latents go to the layer's cache at `rows`."""
-    if loaded().kvern_run_layer(ctypes.byref(layer), ctypes.byref(step), rows):
+def begin_step(
+    step: Step, frequencies: Tensor, factor: float, table: Tensor | None = None, ids: Tensor | None = None
+) -> None:
+    """Fill the step's slots and rotations; its x as well, from a table [vocab_size, hidden] and ids [T] int64."""
+    code = loaded().kvern_begin_step(
+        ctypes.byref(step),
+        frequencies.data_ptr(),
+        2 * len(frequencies),
+        factor,
+        address(table),
+        0 if table is None else CODES[table.dtype],
+        *((0, 0) if table is None else table.shape),
+        address(ids),
+    )
+    if code:
+        raise IndexError("an id lies outside the vocabulary, a context is too short, or a block outside the cache")
+
+
+def run_layers(layers: ctypes.Array[Layer], first: int, count: int, step: Step, rows: int, layer_bytes: int) -> None:
+    """For `count` layers from `first` on: step.x += attention(norm(x)), then += feed_forward(norm(x)).
+
+    The latents go to the layers' caches, of which the first lies at `rows`, the next `layer_bytes` further.
+    """
+    start = ctypes.addressof(layers) + first * ctypes.sizeof(Layer)
+    if loaded().kvern_run_layers(start, count, ctypes.byref(step), rows, layer_bytes):
         raise IndexError("a context is too short, or a block or slot lies outside the cache")
 
 
 def run_head(
-    head: Packed | None, norm: Tensor, eps: float, step: Step, hidden: int, rows: Tensor
+    head: Weight | None, norm: Tensor, eps: float, step: Step, hidden: int, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(normed states [L, hidden], logits [L, vocab_size] or [L, 0]) float32 of the step's tokens `rows` int64 [L]."""
     states = torch.empty(len(rows), hidden)
-    logits = torch.empty(len(rows), head.n if head else 0)
+    logits = torch.empty(len(rows), int(head.n) if head else 0)
     if not len(rows):
         return states, logits
-    weight = ctypes.byref(head.struct()) if head else None
+    weight = ctypes.byref(head) if head else None
     code = loaded().kvern_run_head(
         weight,
         norm.data_ptr(),
