@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kArenaBytes = 1 << 20;
 constexpr int64_t kChunkBytes = 96 * 1024;  // of weights: 3 to 6 microseconds of memory traffic
+constexpr int64_t kStreamBytes = 32 * 1024; // less, and memory is still fetching ahead for the last when the next begins
+constexpr int64_t kChunksEach = 4;          // chunks for each thread
 constexpr int64_t kChunkPanels = 2;         // panels lie in pairs
 
 void multiply_picks(const Product& product, const Source& source, int64_t first, int64_t last) {
@@ -157,14 +159,16 @@ int64_t Sequence::bytes() const {
   return sum;
 }
 
+// A chunk reads kStreamBytes of each weight in one go, or less where every thread would not get some chunks then.
 void Sequence::run() const {
   if (links_.empty()) return;
-  int64_t bytes = 0;
-  for (const Link& link : links_) bytes += panel_bytes(link.product.w);
+  const kvern_packed& w = links_[0].product.w;
+  const int64_t most = panels(w) / (kChunksEach * threads());
+  const int64_t step = std::clamp<int64_t>(kStreamBytes / panel_bytes(w), 1, std::max<int64_t>(1, most));
   struct Work {
     const std::vector<Link>& links;
     int64_t all, step;
-  } work{links_, panels(links_[0].product.w), chunk_panels(bytes / 4)};
+  } work{links_, panels(w), round_up(step, kChunkPanels)};
   parallel_for(
       (work.all + work.step - 1) / work.step,
       [](const void* context, int64_t index) {
