@@ -32,11 +32,9 @@ from statistics import mean, median
 import torch
 from bench.transformers_peer import Static, Work, load_qwen2
 
-from kvern.checkpoint.load import load
 from kvern.checkpoint.pull import ensure_imported
-from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings, SamplingParams
-from kvern.engine.dtype import choose
+from kvern.llm.opening import Dtype, open_model
 from kvern.ops import library
 from kvern.plan.hardware import default_threads, machine
 
@@ -131,14 +129,9 @@ def first_token(engine: Engine, prompt: Sequence[int]) -> float:
     return time.perf_counter() - start
 
 
-def kvern_engine(dtype: torch.dtype | None) -> Engine:
-    """The engine on the imported checkpoint, which holds BF16 weights; None: in the form that it chooses itself."""
-    folder = ensure_imported(MODEL)
-    if dtype is None:
-        choice = choose(ModelConfig.load(folder))
-        model = load(folder, dtype=choice.weight_dtype, activation_dtype=choice.activation_dtype)
-    else:
-        model = load(folder, dtype=dtype, activation_dtype=dtype)
+def kvern_engine(dtype: Dtype) -> Engine:
+    """The engine on the imported checkpoint, which holds BF16 weights, as `kvern serve --dtype` runs it."""
+    model = open_model(ensure_imported(MODEL), dtype)
     return Engine(model, settings=EngineSettings(max_running=PLACES, cache_tokens=3 * PREFIX))
 
 
@@ -191,7 +184,7 @@ def measure(engine: Engine, other: Static, count: int, pairs: int, seed: int) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and judge by the bars: 1 where one is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    dtype_help = "weights and activations of both sides; auto: what Kvern chooses itself, against BF16"
+    dtype_help = "activations of both sides, and the weights of the other; auto: what Kvern chooses, against BF16"
     parser.add_argument("--dtype", choices=[*DTYPES, "auto"], default="bf16", help=dtype_help)
     parser.add_argument("--requests", type=int, default=48, help="requests that come and go in a run")
     parser.add_argument("--pairs", type=int, default=5, help="alternating pairs")
@@ -200,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     load_at_start = os.getloadavg()[0]
     torch.set_num_threads(default_threads())
-    engine = kvern_engine(DTYPES.get(args.dtype))
+    engine = kvern_engine(args.dtype)
     other = Static(load_qwen2(MODEL, DTYPES.get(args.dtype, torch.bfloat16), rounded=True))
     rows, warm = measure(engine, other, args.requests, args.pairs, args.seed)
     if args.json:

@@ -21,15 +21,16 @@ from statistics import median
 import torch
 from bench.transformers_peer import load_qwen2
 
-from kvern.checkpoint.load import load
 from kvern.checkpoint.pull import ensure_imported
 from kvern.engine import Engine, SamplingParams
-from kvern.engine.dtype import choose
+from kvern.llm.opening import Dtype, open_model
 from kvern.ops import library
 from kvern.plan.hardware import default_threads, machine
 
 MODEL = "coder-0.5b"
 PROMPT = (750, 282, 3974, 17083, 10939, 982, 262, 4210)  # "def quick_sort(arr):" and the start of its body
+
+ACTIVATIONS: tuple[Dtype, ...] = ("bf16", "f32")
 
 Decode = Callable[[int], float]
 """Tokens to generate -> tokens a second, the first token (the prompt's pass) not counted."""
@@ -47,11 +48,9 @@ class Row:
     pairs: tuple[tuple[float, float], ...]
 
 
-def kvern_decode(activations: torch.dtype, weights: torch.dtype | None) -> Decode:
-    """Kvern's engine on the imported checkpoint."""
-    model = load(ensure_imported(MODEL), dtype=weights)
-    model.activation_dtype = activations
-    engine = Engine(model)
+def kvern_decode(activations: Dtype) -> Decode:
+    """Kvern's engine on the imported checkpoint, its BF16 weights packed."""
+    engine = Engine(open_model(ensure_imported(MODEL), activations))
 
     def run(tokens: int) -> float:
         stream = engine.generate(PROMPT, SamplingParams(max_tokens=tokens, ignore_eos=True))
@@ -106,19 +105,12 @@ def main() -> None:
 
 
 def measure(tokens: int, pairs: int) -> list[Row]:
-    """Kvern in the forms it can run, each against transformers in BF16 and FP32."""
-    from kvern.config import ModelConfig
-
-    choice = choose(ModelConfig.load(ensure_imported(MODEL)))
-    forms = {(torch.float32, None), (torch.bfloat16, None), (choice.activation_dtype, choice.weight_dtype)}
+    """Kvern with BF16 and FP32 activations, each against transformers in BF16 and FP32."""
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         other = transformers_decode(dtype)
-        for activations, weights in sorted(forms, key=str):
-            ours = f"{_name(activations)} x {'stored bf16' if weights is None else _name(weights)}"
-            if (activations, weights) == (choice.activation_dtype, choice.weight_dtype):
-                ours += " (auto)"
-            rows.append(compare(ours, kvern_decode(activations, weights), _name(dtype), other, tokens, pairs))
+        for activations in ACTIVATIONS:
+            rows.append(compare(activations, kvern_decode(activations), _name(dtype), other, tokens, pairs))
     return rows
 
 
