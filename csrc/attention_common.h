@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -46,8 +47,9 @@ inline void pack_lane(const Form& form, const void* q, int dtype, int64_t from, 
   to += lane / form.lanes * form.q_size(dim) + lane % form.lanes;
   if (form.has_dots) {
     const uint16_t* numbers = static_cast<const uint16_t*>(q) + from;
-    uint16_t* pairs = reinterpret_cast<uint16_t*>(to);
-    for (int64_t d = 0; d < dim; ++d) pairs[d / 2 * 2 * form.lanes + d % 2] = numbers[d];
+    for (int64_t d = 0; d < dim; d += 2) {
+      std::memcpy(to + d / 2 * form.lanes, numbers + d, d + 1 < dim ? 2 * sizeof *numbers : sizeof *numbers);
+    }
   } else if (dtype == KVERN_BF16) {
     const uint16_t* numbers = static_cast<const uint16_t*>(q) + from;
     for (int64_t d = 0; d < dim; ++d) to[d * form.lanes] = float_of_bf16(numbers[d]);
