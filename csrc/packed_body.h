@@ -210,7 +210,9 @@ struct Tiled {
       if constexpr (D::is_decoded) {
         for (int p = 0; p < P; ++p) {
           for (int64_t t = 0; t < count / K::depth; ++t) {
-            decode_tile(tiles.at(t) + p * tiles.distance, decoded[p] + t * kElements<K> * kTileBytes);
+            const uint8_t* tile = tiles.at(t) + p * tiles.distance;
+            decode_tile(tile, decoded[p] + t * kElements<K> * kTileBytes);
+            __builtin_prefetch(tile + kDepth / K::depth * tiles.stride, 0, 2);  // arrives while these are multiplied
           }
         }
         tiles = {decoded[0], sizeof decoded[0], kTileBytes};
