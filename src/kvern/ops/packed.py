@@ -1,7 +1,7 @@
 """Weights packed into tiles, and decoder layers over them: the fast path of the CPU kernels (csrc/kvern_layer.h).
 
 A panel holds 16 rows of W side by side, so no sum crosses lanes, and each weight is read once, as it is stored, from
-one stream. A layer is one call on the step's buffers, with no torch op inside. A row of the result depends on its own
+one stream. All layers are one call on the step's buffers, no torch op inside. A row of the result depends on its own
 token and context alone, bit for bit, whatever else is in the batch.
 
 Activations stay FP32 between products; what enters a product is rounded to BF16, or, for FP32, split into the two BF16
