@@ -47,9 +47,11 @@ async def measure(engine: Engine, streams: int, tokens: int) -> tuple[Handovers,
     """(hand-overs, steps) of so many answers side by side."""
     loop, seen, draw = asyncio.get_running_loop(), Handovers(), random.Random(0)
     steps = engine.stats().steps
-    thread = EngineThread(
-        engine, lambda updates: loop.call_soon_threadsafe(seen.arrived, updates, time.perf_counter()) and None
-    )
+
+    def deliver(updates: list[Update]) -> None:
+        loop.call_soon_threadsafe(seen.arrived, updates, time.perf_counter())
+
+    thread = EngineThread(engine, deliver)
     for _ in range(streams):
         prompt = draw.choices(range(engine.vocab_size), k=32)
         thread.submit(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
