@@ -4,47 +4,28 @@
 
 #include <immintrin.h>
 
+#include "e4m3_table.h"
 #include "kernels_body.h"
 
 namespace {
 
-// For each of the 128 magnitudes, one byte of the BF16 with the same value: E4M3 fits BF16 exactly, subnormals and all.
-struct Bf16Bytes {
-  alignas(64) uint8_t high[128];
-  alignas(64) uint8_t low[128];
-  alignas(64) uint8_t order[64];
+// Byte unpacking works inside 128-bit lanes and the two halves of a 32-bit word leave for two registers. Where the codes
+// have to be so that afterwards register v holds the numbers 16 v .. 16 v + 15 in their order.
+struct CodeOrder {
+  alignas(64) uint8_t from[64];
 
-  constexpr Bf16Bytes() : high(), low(), order() {
-    for (int code = 0; code < 128; ++code) {
-      const uint32_t word = bf16(static_cast<uint32_t>(code));
-      high[code] = static_cast<uint8_t>(word >> 8);
-      low[code] = static_cast<uint8_t>(word & 0xff);
-    }
-    // Byte unpacking works inside 128-bit lanes and the two halves of a 32-bit word leave for two registers. Place the
-    // codes so that afterwards register v holds the numbers 16 v .. 16 v + 15 in their order.
+  constexpr CodeOrder() : from() {
     for (int lane = 0; lane < 4; ++lane) {
       for (int word = 0; word < 4; ++word) {
         for (int v = 0; v < 4; ++v) {
-          const int from = 16 * v + 4 * lane + word;
-          order[16 * lane + 8 * (v / 2) + 2 * word + v % 2] = static_cast<uint8_t>(from);
+          from[16 * lane + 8 * (v / 2) + 2 * word + v % 2] = static_cast<uint8_t>(16 * v + 4 * lane + word);
         }
       }
     }
   }
-
-  static constexpr uint32_t bf16(uint32_t magnitude) {
-    if (magnitude == 0x7f) return 0x7fc0;
-    if (magnitude >= 8) return (magnitude << 4) + (120u << 7);
-    if (magnitude == 0) return 0;
-    uint32_t exponent = 118;  // 2^-9 = exponent field 118
-    uint32_t fraction = magnitude;
-    for (; fraction >= 2; fraction >>= 1) ++exponent;
-    const uint32_t top = 1u << (exponent - 118);
-    return exponent << 7 | (magnitude - top) << (7 - (exponent - 118));
-  }
 };
 
-constexpr Bf16Bytes kBytes;
+constexpr CodeOrder kCodeOrder;
 
 struct Avx512 {
   static constexpr int width = 16;
@@ -102,9 +83,9 @@ struct Avx512 {
 
   // 64 codes: two table look-ups (a byte of the BF16 each), the sign, two unpacks into BF16 pairs, a shift and a mask.
   static void decode(const uint8_t* p, reg* out) {
-    const __m512i codes = _mm512_permutexvar_epi8(_mm512_load_si512(kBytes.order), _mm512_loadu_si512(p));
-    const __m512i high = look_up(kBytes.high, codes);
-    const __m512i low = look_up(kBytes.low, codes);
+    const __m512i codes = _mm512_permutexvar_epi8(_mm512_load_si512(kCodeOrder.from), _mm512_loadu_si512(p));
+    const __m512i high = look_up(kE4m3Bytes.high, codes);
+    const __m512i low = look_up(kE4m3Bytes.low, codes);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
     const __m512i with_sign = _mm512_ternarylogic_epi32(high, codes, sign, 0xf8);  // high | (codes & sign)
     const __m512i first = _mm512_unpacklo_epi8(low, with_sign);

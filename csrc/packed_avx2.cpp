@@ -41,11 +41,8 @@ struct Avx2Singles {
   }
 };
 
-struct F32Single {
+struct F32Single : F32Kind {
   static constexpr int steps = 1, registers = 1;
-  static constexpr int64_t depth = 1;
-  static constexpr bool is_scaled = false, is_grouped = false, is_decoded = false;
-  static constexpr float factor = 1.0f;
   using Decoded = F32Single;
   static void decode(const uint8_t* tile, int, Halves* w) { w[0] = Avx2Singles::load(reinterpret_cast<const float*>(tile)); }
 };
@@ -54,11 +51,8 @@ struct DecodedSingle : F32Single {
   static constexpr bool is_decoded = true;
 };
 
-struct Bf16Singles {
+struct Bf16Singles : Bf16Kind {
   static constexpr int steps = 2, registers = 1;
-  static constexpr int64_t depth = 2;
-  static constexpr bool is_scaled = false, is_grouped = false;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, Halves* w) {
     w[0] = Avx2Singles::scales(reinterpret_cast<const uint16_t*>(tile + 32 * step));
@@ -66,10 +60,8 @@ struct Bf16Singles {
 };
 
 // The codes, widened, become the exponent and fraction of FP16, which is exact but for the exponent's bias.
-struct E4m3Singles {
+struct E4m3Singles : E4m3Kind {
   static constexpr int steps = 4, registers = 1;
-  static constexpr int64_t depth = 4;
-  static constexpr bool is_scaled = true, is_grouped = false;
   static constexpr float factor = 256.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, Halves* w) {
@@ -79,11 +71,8 @@ struct E4m3Singles {
   }
 };
 
-struct Int4Singles {
+struct Int4Singles : Int4Kind {
   static constexpr int steps = 8, registers = 1;
-  static constexpr int64_t depth = 8;
-  static constexpr bool is_scaled = true, is_grouped = true;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, Halves* w) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 16 * (step % 4)));

@@ -1,7 +1,5 @@
 // Packed products on AVX-512 without BF16 dot products: every number is decoded to FP32.
 #include "packed_avx512.h"
-
-#include "packed_body.h"
 #include "rows_body.h"
 
 namespace {
@@ -10,11 +8,8 @@ struct DecodedSingle : F32Single {
   static constexpr bool is_decoded = true;
 };
 
-struct Bf16Singles {
+struct Bf16Singles : Bf16Kind {
   static constexpr int steps = 2, registers = 1;
-  static constexpr int64_t depth = 2;
-  static constexpr bool is_scaled = false, is_grouped = false;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, __m512* w) {
     w[0] = bf16_lanes(reinterpret_cast<const uint16_t*>(tile + 32 * step));
@@ -22,10 +17,8 @@ struct Bf16Singles {
 };
 
 // Sixteen codes, widened, become the exponent and fraction of FP16, which is exact but for the exponent's bias.
-struct E4m3Singles {
+struct E4m3Singles : E4m3Kind {
   static constexpr int steps = 4, registers = 1;
-  static constexpr int64_t depth = 4;
-  static constexpr bool is_scaled = true, is_grouped = false;
   static constexpr float factor = 256.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, __m512* w) {
@@ -35,11 +28,8 @@ struct E4m3Singles {
   }
 };
 
-struct Int4Singles {
+struct Int4Singles : Int4Kind {
   static constexpr int steps = 8, registers = 1;
-  static constexpr int64_t depth = 8;
-  static constexpr bool is_scaled = true, is_grouped = true;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, __m512* w) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 16 * (step % 4)));

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "e4m3_table.h"
+#include "packed_body.h"
 
 namespace {
 
@@ -67,11 +68,8 @@ struct Avx512Singles {
   }
 };
 
-struct F32Single {
+struct F32Single : F32Kind {
   static constexpr int steps = 1, registers = 1;
-  static constexpr int64_t depth = 1;
-  static constexpr bool is_scaled = false, is_grouped = false, is_decoded = false;
-  static constexpr float factor = 1.0f;
   using Decoded = F32Single;
   static void decode(const uint8_t* tile, int, __m512* w) { w[0] = _mm512_loadu_ps(tile); }
 };

@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include "packed_avx512.h"
-#include "packed_body.h"
 #include "rows_body.h"
 
 namespace {
@@ -29,11 +28,8 @@ struct Pairs {
   }
 };
 
-struct Bf16Pairs {
+struct Bf16Pairs : Bf16Kind {
   static constexpr int steps = 1, registers = 1;
-  static constexpr int64_t depth = 2;
-  static constexpr bool is_scaled = false, is_grouped = false, is_decoded = false;
-  static constexpr float factor = 1.0f;
   using Decoded = Bf16Pairs;
   static void decode(const uint8_t* tile, int, __m512* w) { w[0] = _mm512_loadu_ps(tile); }
 };
@@ -42,11 +38,8 @@ struct DecodedPairs : Bf16Pairs {
   static constexpr bool is_decoded = true;
 };
 
-struct E4m3Pairs {
+struct E4m3Pairs : E4m3Kind {
   static constexpr int steps = 1, registers = 2;
-  static constexpr int64_t depth = 4;
-  static constexpr bool is_scaled = true, is_grouped = false;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedPairs;
   static void decode(const uint8_t* tile, int, __m512* w) {
     __m512i first, second;
@@ -56,11 +49,8 @@ struct E4m3Pairs {
   }
 };
 
-struct Int4Pairs {
+struct Int4Pairs : Int4Kind {
   static constexpr int steps = 2, registers = 2;
-  static constexpr int64_t depth = 8;
-  static constexpr bool is_scaled = true, is_grouped = true;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedPairs;
   static void decode(const uint8_t* tile, int step, __m512* w) {
     __m512i first, second;

@@ -5,7 +5,7 @@
 //   scales(const uint16_t*)  16 BF16 numbers as FP32; broadcast(float)
 //   panels(columns)          panels at a time, 1 or 2, for so many columns, so that the sums stay in registers
 //   columns                  most columns in a group
-// and for each kind of weight a struct with `depth` (columns of W in a tile); decode(tile, step, reg*), which gives
+// and for each kind of weight a struct, on top of one below, with `depth` (columns of W in a tile); decode(tile, step, reg*), which gives
 // `registers` a step in `steps` steps; `is_scaled`, `is_grouped` (a scale for each row and group); `factor` (what decoded
 // numbers were divided by); `Decoded`, the kind that decoded tiles have.
 #pragma once
@@ -26,6 +26,27 @@ using kvern::Output;
 using kvern::Product;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The kinds of weights, whatever the instruction set.
+struct F32Kind {
+  static constexpr int64_t depth = 1;
+  static constexpr bool is_scaled = false, is_grouped = false, is_decoded = false;
+  static constexpr float factor = 1.0f;
+};
+
+struct Bf16Kind : F32Kind {
+  static constexpr int64_t depth = 2;
+};
+
+struct E4m3Kind : F32Kind {
+  static constexpr int64_t depth = 4;
+  static constexpr bool is_scaled = true;
+};
+
+struct Int4Kind : F32Kind {
+  static constexpr int64_t depth = 8;
+  static constexpr bool is_scaled = true, is_grouped = true;
+};
 
 // Elements of x that a tile meets.
 template <class K>

@@ -34,11 +34,8 @@ struct Scalar {
   }
 };
 
-struct F32Single {
+struct F32Single : F32Kind {
   static constexpr int steps = 1, registers = 1;
-  static constexpr int64_t depth = 1;
-  static constexpr bool is_scaled = false, is_grouped = false, is_decoded = false;
-  static constexpr float factor = 1.0f;
   using Decoded = F32Single;
   static void decode(const uint8_t* tile, int, Scalar::reg* w) { std::memcpy(w[0].lane, tile, kTileBytes); }
 };
@@ -47,11 +44,8 @@ struct DecodedSingle : F32Single {
   static constexpr bool is_decoded = true;
 };
 
-struct Bf16Singles {
+struct Bf16Singles : Bf16Kind {
   static constexpr int steps = 2, registers = 1;
-  static constexpr int64_t depth = 2;
-  static constexpr bool is_scaled = false, is_grouped = false;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, Scalar::reg* w) {
     uint16_t words[kLanes];
@@ -60,22 +54,16 @@ struct Bf16Singles {
   }
 };
 
-struct E4m3Singles {
+struct E4m3Singles : E4m3Kind {
   static constexpr int steps = 4, registers = 1;
-  static constexpr int64_t depth = 4;
-  static constexpr bool is_scaled = true, is_grouped = false;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, Scalar::reg* w) {
     w[0] = Scalar::each([&](int i) { return float_of_e4m3(tile[16 * step + i]); });
   }
 };
 
-struct Int4Singles {
+struct Int4Singles : Int4Kind {
   static constexpr int steps = 8, registers = 1;
-  static constexpr int64_t depth = 8;
-  static constexpr bool is_scaled = true, is_grouped = true;
-  static constexpr float factor = 1.0f;
   using Decoded = DecodedSingle;
   static void decode(const uint8_t* tile, int step, Scalar::reg* w) {
     w[0] = Scalar::each([&](int i) {
