@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "attention.h"
 #include "products.h"
@@ -116,6 +117,13 @@ class Layer {
     meter_.read(KVERN_WEIGHT_BYTES, products.bytes());
   }
 
+  // `source` as a product with `w` wants it: the last of `all` where that is it already, else a new one, still to be filled.
+  const Arrangement& arranged(std::deque<Arrangement>& all, const Source& source, const kvern_packed& w) {
+    const bool is_last = !all.empty() && all.back().kind == w.kind && all.back().source.x == source.x &&
+                         all.back().source.place == source.place;
+    return is_last ? all.back() : all.emplace_back(source, w.kind, step_.activations, arena_);
+  }
+
   float* norm(const float* x, int64_t stride, int64_t size, const float* weight, float eps) {
     float* out = arena_.take<float>(step_.tokens * size);
     each(step_.tokens, kSerialRows, [&](int64_t t) { packed_kernels().rows.norm(x + t * stride, weight, eps, size, out + t * size); });
@@ -129,12 +137,11 @@ class Layer {
     float* q = arena_.take<float>(step_.tokens * q_width);
     float* mixed = arena_.take<float>(step_.tokens * latent());
     const Source source{normed, layer_.hidden, nullptr, step_.tokens, layer_.hidden};
-    const std::vector<Arrangement> x{{source, layer_.q_a.kind, step_.activations, arena_},
-                                     {source, layer_.kv_a.kind, step_.activations, arena_}};
-    fill_all(x);
+    std::deque<Arrangement> x;
     Products products;
-    products.add(layer_.q_a, x[0], {q, q_width, nullptr, layer_.q_a_bias, false});
-    products.add(layer_.kv_a, x[1], {mixed, latent(), nullptr, layer_.kv_a_bias, false});
+    products.add(layer_.q_a, arranged(x, source, layer_.q_a), {q, q_width, nullptr, layer_.q_a_bias, false});
+    products.add(layer_.kv_a, arranged(x, source, layer_.kv_a), {mixed, latent(), nullptr, layer_.kv_a_bias, false});
+    fill_all(x);
     products.run();
     meter_.read(KVERN_WEIGHT_BYTES, products.bytes());
     store_latents(mixed);
@@ -233,25 +240,22 @@ class Layer {
   }
 
   // For each head h: out + h * out_step = w[h] (x + h * x_step).
-  void each_head(const kvern_packed* w, const Source& x, int64_t x_step, const Output& out, int64_t out_step,
-                 int64_t first = 0, int64_t last = -1) {
-    if (last < 0) last = layer_.heads;
-    std::vector<Arrangement> sources;
+  void each_head(const kvern_packed* w, const Source& x, int64_t x_step, const Output& out, int64_t out_step) {
+    std::deque<Arrangement> sources;
     Products products;
-    for (int64_t h = first; h < last; ++h) {
+    for (int64_t h = 0; h < layer_.heads; ++h) {
       Source source = x;
-      source.x += (h - first) * x_step;
-      sources.emplace_back(source, w[h].kind, step_.activations, arena_);
+      source.x += h * x_step;
       Output place = out;
-      place.y += (h - first) * out_step;
-      products.add(w[h], sources.back(), place);
+      place.y += h * out_step;
+      products.add(w[h], arranged(sources, source, w[h]), place);
     }
     fill_all(sources);
     products.run();
     meter_.read(KVERN_WEIGHT_BYTES, products.bytes());
   }
 
-  static void fill_all(const std::vector<Arrangement>& sources) {
+  static void fill_all(const std::deque<Arrangement>& sources) {
     std::vector<std::pair<const Arrangement*, int64_t>> groups;
     int64_t numbers = 0;
     for (const Arrangement& one : sources) {
@@ -283,10 +287,10 @@ class Layer {
     void* query = arena_.take<float>(count * heads * head_size());
     float* mixed = arena_.take<float>(count * heads * layer_.value);
     // The heads share the rows, so they are arranged once for each kind of weight.
-    const Arrangement for_values(rows, layer_.values[0].kind, step_.activations, arena_);
-    for_values.fill_all();
-    const Arrangement for_keys(rows, layer_.nope ? layer_.keys[0].kind : layer_.values[0].kind, step_.activations, arena_);
-    if (layer_.nope) for_keys.fill_all();
+    std::deque<Arrangement> x;
+    const Arrangement& for_values = arranged(x, rows, layer_.values[0]);
+    const Arrangement& for_keys = arranged(x, rows, layer_.nope ? layer_.keys[0] : layer_.values[0]);
+    fill_all(x);
     for (int64_t h = 0; h < layer_.heads; h += heads) {
       const int64_t now = std::min(heads, layer_.heads - h);
       Products products;
@@ -329,9 +333,8 @@ class Layer {
 
   void feed_forward(const float* normed, const Routes& routes) {
     const int64_t hidden = layer_.hidden;
-    std::vector<Arrangement> sources;
+    std::deque<Arrangement> sources;
     std::vector<float*> gates, ups;
-    sources.reserve(2 * routes.experts().size());
     Products products;
     for (const Routed& routed : routes.experts()) {
       const kvern_expert& expert = layer_.experts[routed.index];
@@ -339,12 +342,8 @@ class Layer {
       const Source source{normed, hidden, routed.tokens.data(), rows, hidden};
       gates.push_back(arena_.take<float>(rows * width));
       ups.push_back(arena_.take<float>(rows * width));
-      const auto* x = &sources.emplace_back(source, expert.gate.kind, step_.activations, arena_);
-      products.add(expert.gate, *x, {gates.back(), width, nullptr, nullptr, false});
-      if (expert.up.kind != expert.gate.kind) {
-        x = &sources.emplace_back(source, expert.up.kind, step_.activations, arena_);
-      }
-      products.add(expert.up, *x, {ups.back(), width, nullptr, nullptr, false});
+      products.add(expert.gate, arranged(sources, source, expert.gate), {gates.back(), width, nullptr, nullptr, false});
+      products.add(expert.up, arranged(sources, source, expert.up), {ups.back(), width, nullptr, nullptr, false});
     }
     fill_all(sources);
     products.run();
@@ -354,16 +353,14 @@ class Layer {
 
   // x += down(weight * silu(gate) * up), expert after expert within each chunk of x's columns.
   void add_down(const Routes& routes, const std::vector<float*>& gates, const std::vector<float*>& ups) {
-    std::vector<Arrangement> sources;
-    sources.reserve(routes.experts().size());
+    std::deque<Arrangement> sources;
     Sequence down;
     for (size_t i = 0; i < routes.experts().size(); ++i) {
       const Routed& routed = routes.experts()[i];
       const kvern_packed& w = layer_.experts[routed.index].down;
       const auto rows = static_cast<int64_t>(routed.tokens.size());
       each(rows, kSerialRows, [&](int64_t r) { packed_kernels().rows.gate(gates[i] + r * w.k, ups[i] + r * w.k, w.k, routed.weights[static_cast<size_t>(r)]); });
-      sources.emplace_back(Source{gates[i], w.k, nullptr, rows, w.k}, w.kind, step_.activations, arena_);
-      down.add(w, sources.back(), {step_.x, layer_.hidden, routed.tokens.data(), nullptr, true});
+      down.add(w, arranged(sources, {gates[i], w.k, nullptr, rows, w.k}, w), {step_.x, layer_.hidden, routed.tokens.data(), nullptr, true});
     }
     fill_all(sources);
     down.run();

@@ -48,8 +48,8 @@ inline void int4_to_bf16(__m512i bytes, int step, __m512i& first, __m512i& secon
   second = _mm512_unpackhi_epi8(low, high);
 }
 
-// 16 rows of one column in a register, an element of x is one FP32 number.
-struct Avx512Singles {
+// What both forms of `V` share; they differ in what an element of x is.
+struct Avx512Sums {
   using reg = __m512;
   static constexpr int64_t columns = 12;
   static constexpr int tiled_panels = 2;
@@ -63,6 +63,10 @@ struct Avx512Singles {
   static reg mul_add(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static reg broadcast(float a) { return _mm512_set1_ps(a); }
   static reg scales(const uint16_t* p) { return bf16_lanes(p); }
+};
+
+// 16 rows of one column in a register, an element of x is one FP32 number.
+struct Avx512Singles : Avx512Sums {
   static reg dot(reg acc, reg w, const uint32_t* x) {
     return _mm512_fmadd_ps(w, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*x))), acc);
   }

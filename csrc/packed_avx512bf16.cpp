@@ -8,20 +8,7 @@
 
 namespace {
 
-struct Pairs {
-  using reg = __m512;
-  static constexpr int64_t columns = 12;
-  static constexpr int tiled_panels = 2;
-  static constexpr int panels(int) { return 2; }
-
-  static reg zero() { return _mm512_setzero_ps(); }
-  static reg load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
-  static void keep(uint8_t* p, reg a) { _mm512_store_ps(p, a); }
-  static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
-  static reg mul_add(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static reg broadcast(float a) { return _mm512_set1_ps(a); }
-  static reg scales(const uint16_t* p) { return bf16_lanes(p); }
+struct Pairs : Avx512Sums {
   static reg dot(reg acc, reg w, const uint32_t* x) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(*x));
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(pair));

@@ -61,11 +61,14 @@ const PackedKernels& packed_kernels() {
   return kScalarPacked;
 }
 
+void Arena::grow(int64_t size) {
+  blocks_.push_back({std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(size + 64)]), size});
+}
+
 void* Arena::bytes(int64_t count) {
   count = round_up(count, 64);
   if (blocks_.empty() || used_ + count > blocks_.back().size) {
-    const int64_t size = std::max(count, kArenaBytes);
-    blocks_.push_back({std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(size + 64)]), size});
+    grow(std::max(count, kArenaBytes));
     used_ = 0;
   }
   auto* start = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(blocks_.back().memory.get()) + 63) / 64 * 64);
@@ -87,10 +90,11 @@ void Arena::clear() {
   int64_t size = 0;
   for (const Block& block : blocks_) size += block.size;
   blocks_.clear();
-  blocks_.push_back({std::unique_ptr<uint8_t[]>(new uint8_t[static_cast<size_t>(size + 64)]), size});
+  grow(size);
 }
 
-Arrangement::Arrangement(const Source& from, int kind, int rounding, Arena& arena) : source(from), activations(rounding) {
+Arrangement::Arrangement(const Source& from, int of, int rounding, Arena& arena)
+    : source(from), kind(of), activations(rounding) {
   order = kind == KVERN_PICKS ? Order::kSingles : packed_kernels().order[kind];
   const int copies = copies_of(order, activations);
   const int64_t elements = round_up(from.k, kPadding) / (order == Order::kPairs ? 2 : 1);

@@ -24,6 +24,7 @@ class Arena {
     int64_t size;
   };
   void* bytes(int64_t count);
+  void grow(int64_t size);
   std::vector<Block> blocks_;
   int64_t used_ = 0;  // of the last block
 };
@@ -42,6 +43,7 @@ struct Source {
 struct Arrangement {
   Source source;
   Columns columns;
+  int kind;  // of the weight
   Order order;
   int activations;
 
