@@ -72,13 +72,15 @@ class Client:
         answer = self._json("POST", "chat/completions", self._body(messages, sampling))
         try:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
+            content = choice["message"].get("content") or ""
             return Completion(
-                choice["message"].get("content") or "",
+                content,
                 (),
                 choice["finish_reason"],
                 usage.get("prompt_tokens", 0),
                 usage.get("completion_tokens", 0),
                 (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+                content=content,
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise KvernError(f"{self.url} sent something else than a chat completion") from error

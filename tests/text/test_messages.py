@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from kvern.errors import BadRequestError
-from kvern.text.messages import Message, as_messages
+from kvern.text.messages import Message, ToolCall, as_messages
 from kvern.text.options import SamplingOptions
 
 
 def test_absent_fields_are_absent_for_the_template() -> None:
     assert Message("user", "hi").as_template_value() == {"role": "user", "content": "hi"}
-    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-    assert Message("assistant", tool_calls=(call,)).as_template_value() == {
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert Message("assistant", tool_calls=(ToolCall("c1", "f", "{}"),)).as_template_value() == {
         "role": "assistant",
         "content": None,
         "tool_calls": [call],
@@ -32,6 +32,7 @@ def test_as_messages_reads_the_three_forms() -> None:
         ([{"role": "user"}], "messages.0.content"),
         ([{"role": "user", "content": 1}], "messages.0.content"),
         ([{"role": "user", "content": "x", "colour": 1}], "messages.0.colour"),
+        ([{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}], "messages.0.tool_calls"),
     ],
 )
 def test_bad_messages_name_the_field(messages: list[dict[str, Any]], param: str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvern.errors import BadRequestError, BusyError, KvernError
+from kvern.text.conversation import Conversation
 from kvern.text.messages import Message, ScoredToken, TokenScore
 from kvern.text.options import SamplingOptions
 from kvern.wire.answers import error_body
@@ -33,11 +34,9 @@ def test_a_full_request_is_translated() -> None:
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "annotations": []},
     ]
     request = parse(messages=messages, max_tokens=5, temperature=0, top_p=0.5, seed=3, stop=["x", "y"], user="ann")
-    assert request.to_messages() == [
-        Message("system", "Be brief."),
-        Message("user", "ab", name="ann"),
-        Message("assistant", "c"),
-    ]
+    assert request.to_conversation() == Conversation(
+        (Message("system", "Be brief."), Message("user", "ab", name="ann"), Message("assistant", "c"))
+    )
     assert request.to_options() == SamplingOptions(5, 0.0, 0.5, 3, ("x", "y"))
 
 

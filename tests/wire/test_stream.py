@@ -7,11 +7,21 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from kvern.errors import KvernError
-from kvern.text.messages import ScoredToken
+from kvern.text.events import Content, Piece
+from kvern.text.messages import FinishReason, ScoredToken
 from kvern.wire.answers import Usage
 from kvern.wire.stream import ChatStream, CompletionStream, Head, error_event
 
 HEAD = Head("id-1", 5, "m", "fp")
+
+
+def piece(
+    text: str,
+    scores: tuple[ScoredToken, ...] = (),
+    reason: FinishReason | None = None,
+    prompt: tuple[ScoredToken, ...] = (),
+) -> Piece:
+    return Piece(text, (), reason, scores, 0, prompt, (Content(text),) if text else ())
 
 
 def read(events: bytes) -> list[Any]:
@@ -24,8 +34,8 @@ def test_the_shape_of_a_stream(include_usage: bool) -> None:
     stream = ChatStream(HEAD, include_usage, logprobs=False)
     events = read(
         stream.start(0)
-        + stream.piece(0, "", (), None)
-        + stream.piece(0, "é\n\n", (), "stop")
+        + stream.piece(0, piece(""))
+        + stream.piece(0, piece("é\n\n", (), "stop"))
         + stream.finish(Usage.of(3, 4, 2))
     )
     assert events.pop() == "[DONE]"
@@ -53,7 +63,7 @@ def test_the_shape_of_a_stream(include_usage: bool) -> None:
 
 def test_scores_travel_with_their_text() -> None:
     scores = (ScoredToken("a", b"a", -1.0, (), 0),)
-    events = read(ChatStream(HEAD, False, logprobs=True).piece(1, "a", scores, "length"))
+    events = read(ChatStream(HEAD, False, logprobs=True).piece(1, piece("a", scores, "length")))
     assert [chunk["choices"][0]["index"] for chunk in events] == [1, 1]
     assert events[0]["choices"][0]["logprobs"]["content"][0]["token"] == "a"
     ChatCompletionChunk.model_validate(events[0], strict=True)
@@ -61,13 +71,13 @@ def test_scores_travel_with_their_text() -> None:
 
 def test_an_echo_comes_first() -> None:
     plain = CompletionStream(HEAD, False, logprobs=False, prompts=("pq",))
-    assert [chunk["choices"][0]["text"] for chunk in read(plain.start(0) + plain.piece(0, "a", (), None))] == [
+    assert [chunk["choices"][0]["text"] for chunk in read(plain.start(0) + plain.piece(0, piece("a")))] == [
         "pq",
         "a",
     ]
     scored = CompletionStream(HEAD, False, logprobs=True, prompts=("pq",))
     prompt, answer = (ScoredToken("pq", b"pq", None, (), 0),), (ScoredToken("a", b"a", -1.0, (), 0),)
-    first, second = read(scored.start(0) + scored.piece(0, "a", answer, "stop", prompt))
+    first, second = read(scored.start(0) + scored.piece(0, piece("a", answer, "stop", prompt)))
     assert (first["choices"][0]["text"], first["choices"][0]["finish_reason"]) == ("pq", None)
     assert second["choices"][0]["logprobs"]["text_offset"] == [2]
     assert second["choices"][0]["finish_reason"] == "stop"

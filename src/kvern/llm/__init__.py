@@ -9,6 +9,7 @@ caller's thread; the server puts the same engine on a thread of its own.
 
 from kvern.llm.offline import LLM, collect, resolve, served_name
 from kvern.llm.prepare import Prepared
-from kvern.llm.text_stream import Piece, TextStream
+from kvern.llm.text_stream import TextStream
+from kvern.text.events import Piece
 
 __all__ = ["LLM", "Piece", "Prepared", "TextStream", "collect", "resolve", "served_name"]

@@ -23,9 +23,11 @@ from kvern.engine.request import Update
 from kvern.errors import BusyError
 from kvern.llm.opening import Dtype, open_model
 from kvern.llm.prepare import Prepared, TextSide
-from kvern.llm.text_stream import Piece, TextStream
+from kvern.llm.text_stream import TextStream
 from kvern.ops import library
-from kvern.text.messages import Completion, MessageLike
+from kvern.text.conversation import ConversationLike
+from kvern.text.events import CallArguments, CallStart, Content, Event, Piece, Reasoning
+from kvern.text.messages import Completion, ToolCall
 from kvern.text.options import SamplingOptions
 
 
@@ -76,14 +78,15 @@ class LLM(TextSide):
         """Write what belongs between the two. Raises BadRequestError for a model without fill-in-the-middle tokens."""
         return self._complete([self.prepare_middle(prefix, suffix, SamplingOptions.of(**sampling))])[0]
 
-    def chat(self, messages: str | Sequence[MessageLike], **sampling: Any) -> Completion:
+    def chat(self, messages: ConversationLike, **sampling: Any) -> Completion:
         """Answer a conversation (or one user message). Options: those of SamplingOptions."""
         return self._complete([self.prepare_chat(messages, SamplingOptions.of(**sampling))])[0]
 
-    def stream(self, messages: str | Sequence[MessageLike], **sampling: Any) -> Iterator[str]:
+    def stream(self, messages: ConversationLike, **sampling: Any) -> Iterator[str]:
         """Answer a conversation piece by piece. The request is checked at once, not at the first piece."""
         prepared = self.prepare_chat(messages, SamplingOptions.of(**sampling))
-        return (piece.text for piece in self.run(prepared) if piece.text)
+        events = (event for piece in self.run(prepared) for event in piece.events)
+        return (event.text for event in events if isinstance(event, Content))
 
     def run(self, prepared: Prepared) -> Iterator[Piece]:
         """Generate piece by piece; closing the iterator cancels the request."""
@@ -149,6 +152,7 @@ def collect(pieces: Iterable[Piece], prompt_tokens: int) -> Completion:
     reason = parts[-1].finish_reason if parts else None
     if reason is None:
         raise RuntimeError("an answer that was not cancelled ended without a finish reason")
+    events = [event for piece in parts for event in piece.events]
     return Completion(
         "".join(piece.text for piece in parts),
         ids,
@@ -158,7 +162,19 @@ def collect(pieces: Iterable[Piece], prompt_tokens: int) -> Completion:
         cached_tokens=sum(piece.cached_tokens for piece in parts),
         scores=tuple(score for piece in parts for score in piece.scores),
         prompt_scores=tuple(score for piece in parts for score in piece.prompt_scores),
+        content="".join(event.text for event in events if isinstance(event, Content)),
+        reasoning="".join(event.text for event in events if isinstance(event, Reasoning)),
+        tool_calls=_calls(events),
     )
+
+
+def _calls(events: Sequence[Event]) -> tuple[ToolCall, ...]:
+    arguments: dict[int, str] = {}
+    for event in events:
+        if isinstance(event, CallArguments):
+            arguments[event.index] = arguments.get(event.index, "") + event.text
+    starts = (event for event in events if isinstance(event, CallStart))
+    return tuple(ToolCall(start.id, start.name, arguments.get(start.index, "")) for start in starts)
 
 
 def resolve(model: str | Path, progress: Progress | None = None) -> Path:

@@ -12,8 +12,8 @@ from typing import Any
 from kvern.config import ModelConfig
 from kvern.engine.params import SamplingParams
 from kvern.errors import BadRequestError, CheckpointError
+from kvern.text.conversation import ConversationLike, as_conversation
 from kvern.text.fim import FillInTheMiddle
-from kvern.text.messages import MessageLike, as_messages
 from kvern.text.options import SamplingOptions
 from kvern.text.template import ChatTemplate
 from kvern.text.tokenizer import Tokenizer
@@ -48,11 +48,15 @@ class TextSide:
         self.stop_ids = _stop_ids(folder, self.recommended, self.tokenizer)
         self.fingerprint = _fingerprint(folder)
 
-    def prepare_chat(self, messages: str | Sequence[MessageLike], options: SamplingOptions) -> Prepared:
+    def prepare_chat(self, conversation: ConversationLike, options: SamplingOptions) -> Prepared:
         """Check a chat request and turn it into ids. Raises BadRequestError naming the field."""
+        chat = as_conversation(conversation)
         if self.template is None:
             raise BadRequestError(f"{self.name} has no chat template", hint="use generate, or an instruct model")
-        return self.prepare(self.template.encode(as_messages(messages)), options, param="messages")
+        for name, asked in (("tools", chat.tools), ("thinking", chat.thinking), ("continues", chat.continues)):
+            if asked:
+                raise BadRequestError(f"{name} is not supported yet", param=name)
+        return self.prepare(self.template.encode(chat.messages), options, param="messages")
 
     def prepare_text(self, prompt: str, options: SamplingOptions, *, allow_special: bool = False) -> Prepared:
         """Check a request to continue a text. Strings like `<|im_end|>` stay text unless `allow_special`."""

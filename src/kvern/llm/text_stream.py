@@ -8,31 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from kvern.engine.request import TokenLogprob, Update
 from kvern.errors import KvernError
 from kvern.llm.prepare import Prepared
 from kvern.text.detokenizer import Detokenizer
+from kvern.text.events import Content, Piece
 from kvern.text.messages import FinishReason, ScoredToken, TokenScore
 from kvern.text.stop import StopMatcher
 from kvern.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one update showed. The last piece carries the finish reason; it can come before the engine's own end.
-
-    `token_ids` counts every generated token, the stopping one included. `cached_tokens` and `prompt_scores` are in the
-    first piece that has a token.
-    """
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-    scores: tuple[ScoredToken, ...] = ()
-    cached_tokens: int = 0
-    prompt_scores: tuple[ScoredToken, ...] = ()
 
 
 class TextStream:
@@ -59,7 +43,8 @@ class TextStream:
         if reason is None and (update.finish == "stop" or update.finish == "length"):
             text += self._match(self._decode_rest()) + self._matcher.finish()
             reason = "stop" if self._matcher.matched else update.finish
-        return Piece(text, ids, reason, self._release(text, reason), update.cached_tokens, self._prompt_scores(update))
+        scores, events = self._release(text, reason), (Content(text),) if text else ()
+        return Piece(text, ids, reason, scores, update.cached_tokens, self._prompt_scores(update), events)
 
     def _read(self, update: Update) -> tuple[str, tuple[int, ...]]:
         """The text that became certain and the ids that were read: all of them, or up to a stop string."""

@@ -91,10 +91,7 @@ async def events(pieces: Pieces, stream: ChatStream | CompletionStream, choices:
     sent = time.monotonic()
     try:
         async for batch in pieces:
-            if ready := b"".join(
-                stream.piece(index, piece.text, piece.scores, piece.finish_reason, piece.prompt_scores)
-                for index, piece in batch
-            ):
+            if ready := b"".join(stream.piece(index, piece) for index, piece in batch):
                 yield ready
                 sent = time.monotonic()
             elif time.monotonic() - sent >= pieces.patience:
@@ -118,7 +115,7 @@ def chat_body(head: Head, answers: Sequence[Completion], usage: Usage, logprobs:
     choices = [
         chat.Choice(
             index=index,
-            message=chat.AnswerMessage(content=answer.text),
+            message=chat.AnswerMessage(content=answer.content),
             logprobs=chat.ChoiceLogprobs.of(answer.scores) if logprobs else None,
             finish_reason=answer.finish_reason,
         )

@@ -100,7 +100,7 @@ async def chat_completions(request: Request) -> Response:
     body = parse_chat_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
     _check_model(body.model, llm)
-    prepared = await asyncio.to_thread(llm.prepare_chat, body.to_messages(), body.to_options())
+    prepared = await asyncio.to_thread(llm.prepare_chat, body.to_conversation(), body.to_options())
     requests = spread([prepared], body.n)
     answer, top = _submit(request, body, requests), head(llm, "chatcmpl")
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)

@@ -13,9 +13,42 @@ from typing import Any, Literal, TypeAlias
 
 from kvern.errors import BadRequestError
 
+JSON: TypeAlias = Mapping[str, Any]
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
-FinishReason: TypeAlias = Literal["stop", "length"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may ask for. `parameters`: the JSON schema of its arguments, {} if it takes none.
+
+    `strict`: the arguments must match the schema.
+    """
+
+    name: str
+    description: str | None
+    parameters: JSON
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """The choice of one tool, which the model must call."""
+
+    name: str
+
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for. `arguments`: JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -25,7 +58,7 @@ class Message:
     role: Role
     content: str | None = None
     name: str | None = None
-    tool_calls: tuple[Mapping[str, Any], ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -34,8 +67,8 @@ class Message:
         value: dict[str, Any] = {"role": self.role, "content": self.content}
         optional = ("name", "tool_call_id", "reasoning_content")
         value.update({key: given for key in optional if (given := getattr(self, key)) is not None})
-        if self.tool_calls is not None:
-            value["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.tool_calls:
+            value["tool_calls"] = [_call_value(call) for call in self.tool_calls]
         return value
 
 
@@ -71,6 +104,7 @@ class ScoredToken(TokenScore):
 class Completion:
     """A finished answer. `token_ids` holds every generated id, the stopping one included; `text` ends before it.
 
+    `text` is all that the model wrote, markup included; `content`, `reasoning` and `tool_calls` are what it means.
     `token_ids` is empty where the answer came from a server that sends text only; `completion_tokens` counts anyway.
     `scores` and `prompt_scores` are filled where log-probabilities were asked for.
     """
@@ -83,6 +117,9 @@ class Completion:
     cached_tokens: int = 0
     scores: tuple[ScoredToken, ...] = ()
     prompt_scores: tuple[ScoredToken, ...] = ()
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def as_messages(messages: str | Sequence[MessageLike]) -> list[Message]:
@@ -108,7 +145,27 @@ def _as_message(index: int, message: MessageLike) -> Message:
         raise BadRequestError(
             f"role must be one of {', '.join(ROLES)}, not {message.get('role')!r}", param=f"messages.{index}.role"
         )
-    calls, content = message.get("tool_calls"), message.get("content")
+    calls, content = _as_calls(index, message.get("tool_calls")), message.get("content")
     if not isinstance(content, str) and not (content is None and calls):
         raise BadRequestError(f"content must be text, not {content!r}", param=f"messages.{index}.content")
-    return Message(**{**message, "tool_calls": None if calls is None else tuple(calls)})
+    return Message(**{**message, "tool_calls": calls})
+
+
+def _as_calls(index: int, calls: Any) -> tuple[ToolCall, ...]:
+    where = f"messages.{index}.tool_calls"
+    try:
+        return tuple(call if isinstance(call, ToolCall) else _as_call(call) for call in calls or ())
+    except (KeyError, TypeError) as error:
+        hint = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+        raise BadRequestError("tool_calls must hold calls of functions", hint=hint, param=where) from error
+
+
+def _as_call(call: JSON) -> ToolCall:
+    function = call["function"]
+    if not all(isinstance(part, str) for part in (call["id"], function["name"], function["arguments"])):
+        raise TypeError
+    return ToolCall(call["id"], function["name"], function["arguments"])
+
+
+def _call_value(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from kvern.errors import BadRequestError
+from kvern.text.conversation import Conversation
 from kvern.text.messages import FinishReason, Message, Role, ScoredToken, TokenScore
 from kvern.text.options import SamplingOptions
 from kvern.wire.answers import Usage
@@ -84,9 +85,9 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool = False
     top_logprobs: Logprobs | None = Field(default=None, description="Needs logprobs: true.")
 
-    def to_messages(self) -> list[Message]:
-        """The conversation, as templates read it."""
-        return [message.to_message() for message in self.messages]
+    def to_conversation(self) -> Conversation:
+        """What is to be answered, as the request path reads it."""
+        return Conversation(tuple(message.to_message() for message in self.messages))
 
     def to_options(self) -> SamplingOptions:
         """The sampling options, as the request path reads them."""

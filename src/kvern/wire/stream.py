@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from kvern.errors import KvernError
-from kvern.text.messages import FinishReason, ScoredToken
+from kvern.text.events import Content, Piece
+from kvern.text.messages import FinishReason
 from kvern.wire.answers import Usage, error_body
 from kvern.wire.chat import ChoiceLogprobs
 from kvern.wire.completions import CompletionLogprobs
 
-Scores: TypeAlias = tuple[ScoredToken, ...]
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, sent where nothing else is."""
@@ -58,13 +58,12 @@ class ChatStream:
         """The first event of a choice, which names the role."""
         return self._choice(index, {"role": "assistant", "content": ""}, None, None)
 
-    def piece(
-        self, index: int, text: str, scores: Scores, finish_reason: FinishReason | None, prompt_scores: Scores = ()
-    ) -> bytes:
+    def piece(self, index: int, piece: Piece) -> bytes:
         """The events of a piece: its text, and the end where it has one; nothing for an empty piece."""
-        logprobs = ChoiceLogprobs.of(scores).model_dump() if self.logprobs and scores else None
+        text = "".join(event.text for event in piece.events if isinstance(event, Content))
+        logprobs = ChoiceLogprobs.of(piece.scores).model_dump() if self.logprobs and piece.scores else None
         events = self._choice(index, {"content": text}, logprobs, None) if text or logprobs else b""
-        return events if finish_reason is None else events + self._choice(index, {}, None, finish_reason)
+        return events if piece.finish_reason is None else events + self._choice(index, {}, None, piece.finish_reason)
 
     def finish(self, usage: Usage) -> bytes:
         """The last events, [DONE] included."""
@@ -94,16 +93,14 @@ class CompletionStream:
         prompt = self.prompts[index]
         return self._choice(index, prompt, None, None) if prompt and not self.logprobs else b""
 
-    def piece(
-        self, index: int, text: str, scores: Scores, finish_reason: FinishReason | None, prompt_scores: Scores = ()
-    ) -> bytes:
+    def piece(self, index: int, piece: Piece) -> bytes:
         """The events of a piece: the scored prompt, the text; nothing for an empty piece."""
-        prompt, events = self.prompts[index], b""
-        if self.logprobs and prompt_scores:
-            events = self._choice(index, prompt, CompletionLogprobs.of(prompt_scores, 0).model_dump(), None)
+        prompt, events, scores = self.prompts[index], b"", piece.scores
+        if self.logprobs and piece.prompt_scores:
+            events = self._choice(index, prompt, CompletionLogprobs.of(piece.prompt_scores, 0).model_dump(), None)
         logprobs = CompletionLogprobs.of(scores, len(prompt)).model_dump() if self.logprobs and scores else None
-        if text or logprobs or finish_reason:
-            events += self._choice(index, text, logprobs, finish_reason)
+        if piece.text or logprobs or piece.finish_reason:
+            events += self._choice(index, piece.text, logprobs, piece.finish_reason)
         return events
 
     def finish(self, usage: Usage) -> bytes:
