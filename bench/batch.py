@@ -32,7 +32,7 @@ from statistics import mean, median
 import torch
 from bench.transformers_peer import Static, Work, load_qwen2
 
-from kvern.checkpoint.pull import ensure_imported
+from kvern.checkpoint.local import ensure_imported
 from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.llm.opening import Dtype, open_model
 from kvern.ops import library

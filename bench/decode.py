@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from bench.transformers_peer import load_qwen2
 
-from kvern.checkpoint.pull import ensure_imported
+from kvern.checkpoint.local import ensure_imported
 from kvern.engine import Engine, SamplingParams
 from kvern.llm.opening import Dtype, open_model
 from kvern.ops import library

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
-from kvern.checkpoint.pull import ensure_imported
+from kvern.checkpoint.local import ensure_imported
 from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.engine.request import Update
 from kvern.engine.service import EngineThread

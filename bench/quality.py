@@ -38,7 +38,7 @@ from torch import Tensor
 from kvern.checkpoint.convert import convert
 from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
-from kvern.checkpoint.pull import cache_folder, pulled_path
+from kvern.checkpoint.local import cache_folder, pulled_path
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.target import LINEAR, float_shape, weight_name
 from kvern.errors import NotFoundError

@@ -11,7 +11,7 @@ import torch
 
 from kvern.checkpoint.gguf import GGUFSource
 from kvern.checkpoint.known_models import find_model
-from kvern.checkpoint.pull import pulled_path
+from kvern.checkpoint.local import pulled_path
 from kvern.errors import NotFoundError
 
 

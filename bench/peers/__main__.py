@@ -27,7 +27,7 @@ from bench.peers.setup import Setup
 from kvern.bench import charts
 from kvern.bench.engine import read_gb_s
 from kvern.bench.tables import plain
-from kvern.checkpoint.pull import cache_folder
+from kvern.checkpoint.local import cache_folder
 from kvern.ops import library
 from kvern.plan.hardware import machine
 

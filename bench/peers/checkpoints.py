@@ -53,7 +53,7 @@ class Checkpoints:
     def qwen2(self) -> Path:
         """The pulled GGUF of a coder model."""
         from kvern.checkpoint.known_models import find_model
-        from kvern.checkpoint.pull import pulled_path
+        from kvern.checkpoint.local import pulled_path
 
         path = pulled_path(find_model(self.model))
         if path is None:

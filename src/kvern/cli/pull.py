@@ -47,7 +47,7 @@ def _print_list() -> None:
     from rich.table import Table
 
     from kvern.checkpoint.known_models import KNOWN
-    from kvern.checkpoint.pull import pulled_path
+    from kvern.checkpoint.local import pulled_path
 
     rows = [
         (model.name, model.title, readable_bytes(model.size), model.licence, "yes" if pulled_path(model) else "no")

@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import torch
 
-from kvern.checkpoint.pull import ensure_imported
+from kvern.checkpoint.local import ensure_imported
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig

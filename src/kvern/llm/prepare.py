@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class TextSide:
         self.recommended = _read_object(folder / "generation_config.json")
         self.stop_ids = _stop_ids(folder, self.recommended, self.tokenizer)
         self.fingerprint = _fingerprint(folder)
+
+    @cached_property
+    def vocab_limit(self) -> int:
+        """Ids from here on stand for no token: they pad the model's vocabulary."""
+        return self.tokenizer.vocab_limit(self.vocab_size)
 
     def prepare_chat(self, conversation: ConversationLike, options: SamplingOptions) -> Prepared:
         """Check a chat request and turn it into ids. Raises BadRequestError naming the field."""
@@ -141,7 +147,7 @@ class TextSide:
             prompt_logprobs=options.prompt_logprobs,
             stop_token_ids=tuple(sorted(own | frozenset(options.stop_token_ids))),
             ignore_eos=options.ignore_eos,
-            vocab_limit=self.tokenizer.vocab_limit,
+            vocab_limit=self.vocab_limit,
         )
 
     def _choose(self, options: SamplingOptions, name: str, default: float, *, recommend: bool = True) -> float:
