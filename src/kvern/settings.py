@@ -68,6 +68,13 @@ class ServeSettings(BaseSettings):
     max_body_bytes: int = Field(
         default=8 * 2**20, ge=1024, description="largest request body", json_schema_extra=SERVER
     )
+    store: str | None = Field(
+        default=None,
+        min_length=1,
+        description="where files and batches are kept, a path or postgresql://...; "
+        "default: kvern/store.sqlite in ~/.local/share",
+        json_schema_extra=SERVER,
+    )
     shutdown_timeout: float = Field(
         default=30.0,
         ge=0,

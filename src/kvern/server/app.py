@@ -26,6 +26,8 @@ from kvern.server.metrics import Metrics
 from kvern.server.request_id import HEADER, RequestId
 from kvern.server.routes import Salt, one_tenant, router
 from kvern.settings import ServeSettings
+from kvern.store import Store
+from kvern.store.database import default_path
 from kvern.wire.answers import error_body
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ def create_app(
 ) -> FastAPI:
     """Build the application. `load` runs in the background once the server is up; `loaded` then gets its result.
 
-    `salt` tells whose prefixes a request may share; `buffer` bounds the updates that wait for a slow reader.
+    `salt` tells whose prefixes a request may share; `buffer` bounds the updates that wait for a slow reader. Raises
+    ConfigError where the store of the settings can not be opened; it is closed when the application stops.
     """
 
     @asynccontextmanager
@@ -57,12 +60,14 @@ def create_app(
         yield
         await app.state.host.stop()
         await asyncio.gather(loading, return_exceptions=True)
+        app.state.store.close()
 
     app = FastAPI(title="Kvern", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.settings = settings
     app.state.metrics = Metrics()
     app.state.host = EngineHost(load, app.state.metrics, buffer=buffer)
     app.state.salt = salt
+    app.state.store = Store(settings.store or default_path())
     app.state.started = int(time.time())
     app.include_router(router)
     app.add_middleware(RequestId)
