@@ -41,6 +41,8 @@ def test_a_named_file_is_read_instead(tmp_path: Path) -> None:
         ("[serve\n", "kvern.toml", None),
         ("[serve]\nport = 70000\n", "kvern.toml: port: input should be less than or equal to 65535, not 70000", None),
         ("[serve]\ndtype = 'f8'\n", "dtype", None),
+        ("[serve]\nmodel_alias = 'a=b=c'\n", "model_alias", None),
+        ("[serve]\nmodel_alias = 'a,,b'\n", "model_alias", None),
     ],
 )
 def test_bad_files_are_explained(in_empty_folder: Path, text: str, message: str, hint: str | None) -> None:

@@ -73,6 +73,17 @@ class BadRequestError(KvernError):
     code = "invalid_request_error"
 
 
+class ContextLengthError(BadRequestError):
+    """A prompt that the context cannot hold: `tokens` long, where `limit` would fit."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, tokens: int, limit: int, hint: str | None, param: str | None) -> None:
+        super().__init__(message, hint=hint, param=param)
+        self.tokens = tokens
+        self.limit = limit
+
+
 class NotFoundError(KvernError):
     """A model, route or object that does not exist."""
 

@@ -65,6 +65,12 @@ class ServeSettings(BaseSettings):
     port: int = Field(
         default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one", json_schema_extra=SERVER
     )
+    model_alias: str = Field(
+        default="claude-*,deepseek-chat,deepseek-reasoner",
+        pattern=r"^\s*([^\s,=]+(=[^\s,=]+)?\s*(,\s*[^\s,=]+(=[^\s,=]+)?\s*)*)?$",
+        description="other names under which clients may ask, as PATTERN or PATTERN=MODEL, with commas between",
+        json_schema_extra=SERVER,
+    )
     max_body_bytes: int = Field(
         default=8 * 2**20, ge=1024, description="largest request body", json_schema_extra=SERVER
     )

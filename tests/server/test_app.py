@@ -219,6 +219,20 @@ def test_every_refusal_has_the_envelope(http: httpx.Client) -> None:
     assert "generates text" in check_envelope(http.post("/v1/embeddings", json={"input": "x"}), 400)["message"]
 
 
+def test_an_alias_is_answered_under_its_own_name(http: httpx.Client) -> None:
+    for name in ("deepseek-chat", "claude-sonnet-4-5"):
+        assert chat(http, model=name, max_tokens=1).json()["model"] == name
+        assert http.get(f"/v1/models/{name}").json()["id"] == "tiny-v3"
+
+
+def test_refusals_in_anthropics_envelope(http: httpx.Client) -> None:
+    for response in (http.get("/v1/messages/no"), http.get("/v1/no", headers={"anthropic-version": "2023-06-01"})):
+        assert response.status_code == 404
+        body = response.json()
+        assert (body["type"], body["error"]["type"]) == ("error", "not_found_error")
+        assert body["request_id"] == response.headers["x-request-id"]
+
+
 def test_an_answer_carries_the_requests_id(http: httpx.Client) -> None:
     assert http.get("/health", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
     for strange in ("", "x" * 129, "a b"):

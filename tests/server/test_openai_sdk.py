@@ -246,7 +246,7 @@ def test_control_text_in_a_prompt_stays_text(sdk: openai.OpenAI, expected: LLM) 
 def test_errors_arrive_typed(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match=r"the prompt has .* tokens, and the context holds 256") as caught:
         sdk.chat.completions.create(model="tiny-v3", messages=[{"role": "user", "content": "x " * 500}], stream=True)
-    assert (caught.value.param, caught.value.code) == ("messages", "invalid_request_error")
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
     with pytest.raises(openai.NotFoundError) as missing:
         sdk.chat.completions.create(model="gpt-4", messages=HI)
     assert missing.value.param == "model"

@@ -11,22 +11,23 @@ TEXT = st.text(alphabet="ab<", max_size=24)
 STOPS = st.lists(st.text(alphabet="ab<", min_size=1, max_size=5), max_size=4)
 
 
-def run(stops: list[str], parts: list[str]) -> tuple[str, bool]:
+def run(stops: list[str], parts: list[str]) -> tuple[str, str | None]:
     matcher, shown = StopMatcher(stops), ""
     for part in parts:
         shown += matcher.push(part)
         if matcher.matched:
-            return shown, True
-    return shown + matcher.finish(), False
+            return shown, matcher.matched
+    return shown + matcher.finish(), None
 
 
-def expected(stops: list[str], text: str) -> tuple[str, bool]:
+def expected(stops: list[str], text: str) -> tuple[str, str | None]:
     """The rule itself: grow the text; at the first end of a stop string, cut the longest that ends there."""
     for end in range(1, len(text) + 1):
-        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
-        if lengths:
-            return text[: end - max(lengths)], True
-    return text, False
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
 
 
 @example(stops=["aab<", "ab"], text="aab<", cuts=[])

@@ -165,6 +165,7 @@ def collect(pieces: Iterable[Piece], prompt_tokens: int) -> Completion:
         content="".join(event.text for event in events if isinstance(event, Content)),
         reasoning="".join(event.text for event in events if isinstance(event, Reasoning)),
         tool_calls=_calls(events),
+        stopped_by=parts[-1].stopped_by,
     )
 
 

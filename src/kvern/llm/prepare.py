@@ -12,7 +12,7 @@ from typing import Any
 
 from kvern.config import ModelConfig
 from kvern.engine.params import SamplingParams
-from kvern.errors import BadRequestError, CheckpointError
+from kvern.errors import BadRequestError, CheckpointError, ContextLengthError
 from kvern.text.conversation import ConversationLike, as_conversation
 from kvern.text.fim import FillInTheMiddle
 from kvern.text.options import SamplingOptions
@@ -104,8 +104,10 @@ class TextSide:
             raise BadRequestError("the prompt is empty", param=param)
         room = self.max_context - len(prompt)
         if room < (0 if options.max_tokens == 0 else 1):
-            raise BadRequestError(
+            raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, and the context holds {self.max_context} with the answer",
+                tokens=len(prompt),
+                limit=self.max_context - 1,
                 param=param,
                 hint=f"shorten the {param}{self.longer_context}",
             )

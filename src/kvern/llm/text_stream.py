@@ -44,7 +44,9 @@ class TextStream:
             text += self._match(self._decode_rest()) + self._matcher.finish()
             reason = "stop" if self._matcher.matched else update.finish
         scores, events = self._release(text, reason), (Content(text),) if text else ()
-        return Piece(text, ids, reason, scores, update.cached_tokens, self._prompt_scores(update), events)
+        return Piece(
+            text, ids, reason, scores, update.cached_tokens, self._prompt_scores(update), events, self._matcher.matched
+        )
 
     def _read(self, update: Update) -> tuple[str, tuple[int, ...]]:
         """The text that became certain and the ids that were read: all of them, or up to a stop string."""
@@ -56,7 +58,7 @@ class TextStream:
             self._drawn += 1
             if not ends:
                 text += self._match(self._decode(token))
-            if self._matcher.matched:
+            if self._matcher.matched is not None:
                 return text, update.tokens[: index + 1]
         return text, update.tokens
 

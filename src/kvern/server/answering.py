@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from kvern.errors import KvernError
 from kvern.llm import LLM, Piece, Prepared, TextStream, collect
@@ -17,7 +18,7 @@ from kvern.server.generate import Answer
 from kvern.text.messages import Completion
 from kvern.wire import chat, completions
 from kvern.wire.answers import Usage
-from kvern.wire.stream import KEEP_ALIVE, ChatStream, CompletionStream, Head, error_event
+from kvern.wire.stream import Head
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,26 @@ async def whole(pieces: Pieces, requests: Sequence[Prepared]) -> list[Completion
     return [collect(part, len(request.prompt)) for part, request in zip(parts, requests, strict=True)]
 
 
-async def events(pieces: Pieces, stream: ChatStream | CompletionStream, choices: int) -> AsyncGenerator[bytes]:
+class Stream(Protocol):
+    """Builds the events of an answer, in the words of one dialect."""
+
+    def start(self, index: int) -> bytes:
+        """The first events of a choice."""
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        """The events of a piece; nothing for an empty one."""
+
+    def finish(self, usage: Usage) -> bytes:
+        """The last events."""
+
+    def keep_alive(self) -> bytes:
+        """What is sent where nothing else is."""
+
+    def error(self, error: KvernError) -> bytes:
+        """What ends a stream that failed."""
+
+
+async def events(pieces: Pieces, stream: Stream, choices: int) -> AsyncGenerator[bytes]:
     """The answer as events; those that are ready together leave as one, and a comment where there are none for long."""
     if start := b"".join(stream.start(index) for index in range(choices)):
         yield start
@@ -95,19 +115,19 @@ async def events(pieces: Pieces, stream: ChatStream | CompletionStream, choices:
                 yield ready
                 sent = time.monotonic()
             elif time.monotonic() - sent >= pieces.patience:
-                yield KEEP_ALIVE
+                yield stream.keep_alive()
                 sent = time.monotonic()
         yield stream.finish(pieces.usage())
     except KvernError as error:
-        yield error_event(error)
+        yield stream.error(error)
     except Exception:
         log.exception("an answer failed")
-        yield error_event(KvernError("the answer failed inside the server"))
+        yield stream.error(KvernError("the answer failed inside the server"))
 
 
-def head(llm: LLM, prefix: str) -> Head:
-    """Id, time and names of a new answer."""
-    return Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), llm.name, llm.fingerprint)
+def head(llm: LLM, prefix: str, name: str) -> Head:
+    """Id, time and names of a new answer; `name` is the model's as the client said it, which may be an alias."""
+    return Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), name, llm.fingerprint)
 
 
 def chat_body(head: Head, answers: Sequence[Completion], usage: Usage, logprobs: bool) -> chat.ChatCompletion:

@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvern.errors import BadRequestError, NotFoundError, UnavailableError
 from kvern.llm import LLM, Prepared
+from kvern.server.aliases import Aliases
 from kvern.server.answering import Pieces, chat_body, completion_body, events, head, spread, whole
 from kvern.server.generate import RETRY_SECONDS, Answer, EngineHost
 from kvern.server.http import CLIENT_CLOSED_REQUEST, EventStream, read_body, until_disconnected
@@ -84,7 +85,7 @@ async def models(request: Request) -> wire.ModelList:
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> wire.Model:
     """One model by its id."""
-    _check_model(name, _host(request).llm)
+    check_model(request, name, _host(request).llm)
     return _model(request)
 
 
@@ -99,10 +100,10 @@ async def chat_completions(request: Request) -> Response:
     settings, host = _settings(request), _host(request)
     body = parse_chat_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
-    _check_model(body.model, llm)
+    check_model(request, body.model, llm)
     prepared = await asyncio.to_thread(llm.prepare_chat, body.to_conversation(), body.to_options())
     requests = spread([prepared], body.n)
-    answer, top = _submit(request, body, requests), head(llm, "chatcmpl")
+    answer, top = _submit(request, body, requests), head(llm, "chatcmpl", body.model)
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     if body.stream:
         stream = ChatStream(top, body.include_usage, body.logprobs)
@@ -123,10 +124,10 @@ async def completions(request: Request) -> Response:
     settings, host = _settings(request), _host(request)
     body = parse_completion_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
-    _check_model(body.model, llm)
+    check_model(request, body.model, llm)
     requests = spread(await asyncio.to_thread(prepare_completion, llm, body), body.n)
     prompts = [_echoed(llm, body, prompt) for prompt in body.prompts for _ in range(body.n)]
-    answer, top = _submit(request, body, requests), head(llm, "cmpl")
+    answer, top = _submit(request, body, requests), head(llm, "cmpl", body.model)
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     scored = body.logprobs is not None
     if body.stream:
@@ -190,8 +191,10 @@ def _json(body: ChatCompletion | Completion) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-def _check_model(name: str, llm: LLM) -> None:
-    if name != llm.name:
+def check_model(request: Request, name: str, llm: LLM) -> None:
+    """Raise NotFoundError where a name is neither the model's nor an alias of it."""
+    aliases: Aliases = request.app.state.aliases
+    if aliases.resolve(name, llm.name) != llm.name:
         raise NotFoundError(f"there is no model {name!r}", hint=f"served here: {llm.name}", param="model")
 
 

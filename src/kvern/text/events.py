@@ -60,7 +60,7 @@ class Piece:
 
     `text` is what the model wrote, `events` what that means; either may be empty while the other is not.
     `token_ids` counts every generated token, the stopping one included. `cached_tokens` and `prompt_scores` are in the
-    first piece that has a token.
+    first piece that has a token. `stopped_by`: the stop string that ended the answer, where one did.
     """
 
     text: str
@@ -70,3 +70,4 @@ class Piece:
     cached_tokens: int = 0
     prompt_scores: tuple[ScoredToken, ...] = ()
     events: tuple[Event, ...] = ()
+    stopped_by: str | None = None

@@ -106,7 +106,8 @@ class Completion:
 
     `text` is all that the model wrote, markup included; `content`, `reasoning` and `tool_calls` are what it means.
     `token_ids` is empty where the answer came from a server that sends text only; `completion_tokens` counts anyway.
-    `scores` and `prompt_scores` are filled where log-probabilities were asked for.
+    `scores` and `prompt_scores` are filled where log-probabilities were asked for. `stopped_by`: the stop string that
+    ended the answer, where one did.
     """
 
     text: str
@@ -120,6 +121,7 @@ class Completion:
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    stopped_by: str | None = None
 
 
 def as_messages(messages: str | Sequence[MessageLike]) -> list[Message]:

@@ -22,29 +22,29 @@ def held_back(text: str, needles: Iterable[str]) -> int:
 
 
 class StopMatcher:
-    """Cuts a stream of text at the first stop string. `matched` turns true once one was seen; feed nothing after."""
+    """Cuts a stream of text at the first stop string. `matched`: the one that was seen; feed nothing after it."""
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
         self._pending = ""
-        self.matched = False
+        self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """Add a piece; return the text that is now certain to lie before any stop string."""
         self._pending += text
         match = self._first_match()
         if match is not None:
-            self.matched = True
-            return self._take(match)
+            start, self.matched = match
+            return self._take(start)
         return self._take(len(self._pending) - held_back(self._pending, self._stops))
 
     def finish(self) -> str:
         """Return what was held back: the stream has ended and no stop string came of it."""
-        return "" if self.matched else self._take(len(self._pending))
+        return "" if self.matched is not None else self._take(len(self._pending))
 
-    def _first_match(self) -> int | None:
-        found = [(start + len(stop), start) for stop in self._stops if (start := self._pending.find(stop)) >= 0]
-        return min(found)[1] if found else None
+    def _first_match(self) -> tuple[int, str] | None:
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._pending.find(stop)) >= 0]
+        return min(found)[1:] if found else None
 
     def _take(self, length: int) -> str:
         text, self._pending = self._pending[:length], self._pending[length:]

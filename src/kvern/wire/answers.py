@@ -91,11 +91,11 @@ ERROR_TYPES: Mapping[int, str] = {401: "authentication_error", 403: "permission_
 def error_body(error: KvernError) -> ErrorBody:
     """Put an error into the envelope; the hint goes into the message, because clients show nothing else."""
     kind = "server_error" if error.status >= 500 else ERROR_TYPES.get(error.status, "invalid_request_error")
-    message = _sendable(f"{error.message} ({error.hint})" if error.hint else error.message)
-    param = None if error.param is None else _sendable(error.param)
+    message = sendable(f"{error.message} ({error.hint})" if error.hint else error.message)
+    param = None if error.param is None else sendable(error.param)
     return ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=error.code))
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
     """Messages quote what was sent, and that may hold half a surrogate pair."""
     return text.encode(errors="backslashreplace").decode()

@@ -33,7 +33,28 @@ def check_unicode(text: str) -> str:
     return text
 
 
+MAX_DEPTH = 64
+"""Of nested JSON in a request; schemas of tools stay far below."""
+
+
+def check_json(value: Any, depth: int = 0) -> Any:
+    """Refuse text that is none anywhere in free JSON, and nesting that nobody means."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        check_unicode(value)
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            check_unicode(name)
+            check_json(part, depth + 1)
+    elif isinstance(value, list):
+        for part in value:
+            check_json(part, depth + 1)
+    return value
+
+
 Text = Annotated[str, AfterValidator(check_unicode)]
+JSONObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
 StopString = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

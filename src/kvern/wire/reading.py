@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from kvern.errors import BadRequestError
-from kvern.wire.fields import TAGS, SamplingFields
+from kvern.wire.fields import SamplingFields
 
 Inert = Mapping[str, tuple[Any, ...]]
+Body = TypeVar("Body", bound=BaseModel)
 Request = TypeVar("Request", bound=SamplingFields)
 MAX_FIELDS = 2048
-NO_FIELD = (*TAGS, "[key]")
-"""Parts of pydantic's paths that are no field of the body."""
+NO_FIELD = re.compile(r"\(.*\)|\[key\]")
+"""Parts of pydantic's paths that are no field of the body: the forms of unions."""
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -49,12 +51,17 @@ def drop_inert(fields: dict[str, Any], table: Inert, prefix: str = "") -> dict[s
     return kept
 
 
-def validate(kind: type[Request], fields: dict[str, Any], parts: Mapping[str, type[BaseModel]]) -> Request:
+def read(kind: type[Body], fields: dict[str, Any], parts: Mapping[str, type[BaseModel]]) -> Body:
     """Read the fields. `parts`: the models of nested objects, for hints on misspelt names."""
     try:
-        request = kind.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         _refuse(error, kind, parts)
+
+
+def validate(kind: type[Request], fields: dict[str, Any], parts: Mapping[str, type[BaseModel]]) -> Request:
+    """Read the fields of a dialect of OpenAI's, with what they say about streams."""
+    request = read(kind, fields, parts)
     if request.stream_options is not None:
         if not request.stream:
             raise BadRequestError("stream_options needs stream: true", param="stream_options")
@@ -82,7 +89,7 @@ def _same(value: Any, inert: Any) -> bool:
 
 def _refuse(error: ValidationError, kind: type[BaseModel], parts: Mapping[str, type[BaseModel]]) -> NoReturn:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    path = [_shown(part) for index, part in enumerate(first["loc"]) if index == 0 or part not in NO_FIELD]
+    path = [_shown(part) for index, part in enumerate(first["loc"]) if index == 0 or not NO_FIELD.fullmatch(str(part))]
     param = ".".join(path)
     if first["type"] == "extra_forbidden":
         hint = _did_you_mean(path[-1], parts.get(path[0], kind))

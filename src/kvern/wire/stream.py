@@ -46,8 +46,20 @@ class Head:
     system_fingerprint: str
 
 
+class OpenAIStream:
+    """What the streams of both routes do alike."""
+
+    def keep_alive(self) -> bytes:
+        """What is sent where nothing else is."""
+        return KEEP_ALIVE
+
+    def error(self, error: KvernError) -> bytes:
+        """What ends a stream that failed."""
+        return error_event(error)
+
+
 @dataclass(frozen=True)
-class ChatStream:
+class ChatStream(OpenAIStream):
     """Builds the events of one chat answer."""
 
     head: Head
@@ -80,7 +92,7 @@ class ChatStream:
 
 
 @dataclass(frozen=True)
-class CompletionStream:
+class CompletionStream(OpenAIStream):
     """Builds the events of one completion. `prompts`: the echoed text of each choice, "" where there is no echo."""
 
     head: Head
