@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ from kvern.errors import BadRequestError, CheckpointError, ContextLengthError
 from kvern.text.conversation import ConversationLike, as_conversation
 from kvern.text.fim import FillInTheMiddle
 from kvern.text.options import SamplingOptions
+from kvern.text.parser import PLAIN, Parsing
 from kvern.text.template import ChatTemplate
 from kvern.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that passed every check: prompt ids, how to sample, where to stop."""
+    """A request that passed every check: prompt ids, how to sample, where to stop, how to read the answer."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
     stop: tuple[str, ...]
+    parsing: Parsing = PLAIN
 
 
 class TextSide:
@@ -57,12 +59,13 @@ class TextSide:
     def prepare_chat(self, conversation: ConversationLike, options: SamplingOptions) -> Prepared:
         """Check a chat request and turn it into ids. Raises BadRequestError naming the field."""
         chat = as_conversation(conversation)
+        chat.check()
         if self.template is None:
             raise BadRequestError(f"{self.name} has no chat template", hint="use generate, or an instruct model")
-        for name, asked in (("tools", chat.tools), ("thinking", chat.thinking), ("continues", chat.continues)):
-            if asked:
-                raise BadRequestError(f"{name} is not supported yet", param=name)
-        return self.prepare(self.template.encode(chat.messages), options, param="messages")
+        if chat.continues:
+            raise BadRequestError("continuing an assistant's message is not supported yet", param="continues")
+        ids, parsing = self.template.prompt(chat)
+        return replace(self.prepare(ids, options, param="messages"), parsing=parsing)
 
     def prepare_text(self, prompt: str, options: SamplingOptions, *, allow_special: bool = False) -> Prepared:
         """Check a request to continue a text. Strings like `<|im_end|>` stay text unless `allow_special`."""

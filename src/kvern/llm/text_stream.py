@@ -1,4 +1,6 @@
-"""Turns the engine's updates of one request into pieces of text: whole characters, cut at stop strings.
+"""Turns the engine's updates of one request into pieces: whole characters, cut at stop strings, and what they mean.
+
+The parser reads what the stop strings let through, so these also apply to reasoning and to calls.
 
 Text that may become part of a stop string is held back, and so are the scores of the tokens it came from: a scored
 token leaves with the text in which it begins. A token that lies wholly in a stop string never leaves.
@@ -13,8 +15,9 @@ from kvern.engine.request import TokenLogprob, Update
 from kvern.errors import KvernError
 from kvern.llm.prepare import Prepared
 from kvern.text.detokenizer import Detokenizer
-from kvern.text.events import Content, Piece
+from kvern.text.events import Event, Piece
 from kvern.text.messages import FinishReason, ScoredToken, TokenScore
+from kvern.text.parser import AnswerParser
 from kvern.text.stop import StopMatcher
 from kvern.text.tokenizer import Tokenizer
 
@@ -25,7 +28,8 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prepared: Prepared) -> None:
         self._tokenizer = tokenizer
         self._prepared = prepared
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prepared.parsing.format.markup)
+        self._parser = AnswerParser(prepared.parsing)
         self._matcher = StopMatcher(prepared.stop)
         self._drawn = 0
         self._decoded = 0  # characters that left the detokenizer
@@ -38,29 +42,45 @@ class TextStream:
             raise update.error
         if update.finish in ("cancelled", "error"):
             raise KvernError(f"the request ended: {update.finish}")
-        text, ids = self._read(update)
-        reason: FinishReason | None = "stop" if self._matcher.matched else None
+        text, ids, events, reasoning = self._read(update)
+        reason: FinishReason | None = "stop" if self._matcher.matched is not None or self._parser.done else None
         if reason is None and (update.finish == "stop" or update.finish == "length"):
-            text += self._match(self._decode_rest()) + self._matcher.finish()
+            rest = self._match(self._decode_rest()) + self._matcher.finish()
+            text, events = text + rest, events + self._parse(rest)
             reason = "stop" if self._matcher.matched else update.finish
-        scores, events = self._release(text, reason), (Content(text),) if text else ()
+        if reason is not None:
+            events += () if self._parser.done else self._parser.finish()
+            reason = "tool_calls" if reason == "stop" and self._parser.calls else reason
         return Piece(
-            text, ids, reason, scores, update.cached_tokens, self._prompt_scores(update), events, self._matcher.matched
+            text,
+            ids,
+            reason,
+            self._release(text, reason),
+            update.cached_tokens,
+            self._prompt_scores(update),
+            events,
+            self._matcher.matched,
+            reasoning,
         )
 
-    def _read(self, update: Update) -> tuple[str, tuple[int, ...]]:
-        """The text that became certain and the ids that were read: all of them, or up to a stop string."""
-        text = ""
+    def _read(self, update: Update) -> tuple[str, tuple[int, ...], tuple[Event, ...], int]:
+        """The text that became certain, the ids that were read, the events, how many tokens belong to reasoning."""
+        text, events, reasoning = "", self._parse(""), 0
         for index, token in enumerate(update.tokens):
             ends = update.finish == "stop" and index == len(update.tokens) - 1
             if index < len(update.logprobs):
                 self._held.append(self._scored(update.logprobs[index], self._decoded, ends))
             self._drawn += 1
             if not ends:
-                text += self._match(self._decode(token))
-            if self._matcher.matched is not None:
-                return text, update.tokens[: index + 1]
-        return text, update.tokens
+                shown = self._match(self._decode(token))
+                text, events = text + shown, events + self._parse(shown)
+                reasoning += self._parser.reasons
+            if self._matcher.matched is not None or self._parser.done:
+                return text, update.tokens[: index + 1], events, reasoning
+        return text, update.tokens, events, reasoning
+
+    def _parse(self, text: str) -> tuple[Event, ...]:
+        return () if self._parser.done else self._parser.push(text)
 
     def _decode(self, token: int) -> str:
         text = self._detokenizer.push(token)

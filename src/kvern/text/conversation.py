@@ -6,11 +6,15 @@ this.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvern.text.messages import Message, MessageLike, Tool, ToolChoice, as_messages
+from kvern.errors import BadRequestError
+from kvern.text.messages import Message, MessageLike, NamedTool, Tool, ToolChoice, as_messages
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,20 @@ class Conversation:
     parallel_tool_calls: bool = True
     thinking: bool | None = None
     continues: bool = False
+
+    def check(self) -> None:
+        """Raise BadRequestError, naming the field, where the parts contradict each other."""
+        names = [tool.name for tool in self.tools]
+        for index, name in enumerate(names):
+            if not TOOL_NAME.fullmatch(name):
+                says = "a tool's name must consist of 1 to 128 letters, digits, _, . and -"
+                raise BadRequestError(f"{says}, not {name!r}", param=f"tools.{index}.function.name")
+            if name in names[:index]:
+                raise BadRequestError(f"there are two tools {name!r}", param=f"tools.{index}.function.name")
+        if self.tool_choice == "required" and not names:
+            raise BadRequestError("tool_choice needs tools", param="tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise BadRequestError(f"there is no tool {self.tool_choice.name!r}", param="tool_choice")
 
 
 ConversationLike: TypeAlias = Conversation | str | Sequence[MessageLike]

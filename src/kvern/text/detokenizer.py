@@ -12,16 +12,23 @@ The cost: a real U+FFFD, and the last character of a byte run, are shown one tok
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvern.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Turns one sequence of ids into text, piece by piece. Special tokens do not appear in the text."""
+    """Turns one sequence of ids into text, piece by piece.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Special tokens do not appear in the text, except those of `shown`: markup that a parser has to see.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, shown: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
+        ids = {tokenizer.control[text]: text for text in shown if text in tokenizer.control}
+        self._marks = {token_id: text for token_id, text in ids.items() if not tokenizer.is_visible(token_id)}
         self._context: list[
             int
         ] = []  # the ids before the boundary, so that a leading space is decoded as in the middle
@@ -30,6 +37,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add one id; return the text that became certain, often empty."""
+        if token_id in self._marks:
+            text = self.finish() + self._marks[token_id]
+            self._context, self._pending, self._shown = [], [], 0
+            return text
         if not self._tokenizer.is_visible(token_id):
             return ""
         self._pending.append(token_id)

@@ -46,7 +46,7 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class CallEnd:
-    """A call is complete."""
+    """A call ends: complete, or cut with the answer. Every call that starts has an end."""
 
     index: int
 
@@ -61,6 +61,7 @@ class Piece:
     `text` is what the model wrote, `events` what that means; either may be empty while the other is not.
     `token_ids` counts every generated token, the stopping one included. `cached_tokens` and `prompt_scores` are in the
     first piece that has a token. `stopped_by`: the stop string that ended the answer, where one did.
+    `reasoning_tokens`: how many of the tokens belong to the reasoning.
     """
 
     text: str
@@ -71,3 +72,4 @@ class Piece:
     prompt_scores: tuple[ScoredToken, ...] = ()
     events: tuple[Event, ...] = ()
     stopped_by: str | None = None
+    reasoning_tokens: int = 0

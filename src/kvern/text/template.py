@@ -1,14 +1,14 @@
 """The checkpoint's chat template, and its token ids, with nothing in a message able to act as markup.
 
-`render` gives the text that transformers' apply_chat_template gives: Jinja2 in its immutable sandbox, blocks trimmed,
-`break` and `continue`, `raise_exception`, `strftime_now`, and a `tojson` that leaves HTML characters alone.
+`render` gives the text: that of the checkpoint's own template, or ours where it ignores tools (`text.renderer`).
 
-`encode` gives the ids of that text, except that control strings which came out of a message stay characters. Templates
-compute with message text (trim it, cut it at `</think>`), so its place in the result cannot be known beforehand.
-Instead each control string inside a message, and each end of a message that could begin one, is marked with a
-character that Unicode reserves for such inner use, and the template runs again. If taking the marks out again gives
-the unmarked text, the marks tell which control strings are text. If not, the template looked at the marked place
-itself; marks go to the other side of a string that opens a message, and if that fails too the request is refused.
+`encode` gives the ids of that text, except that control strings which came out of a message, a tool's definition, the
+arguments of a call or its result stay characters. Templates compute with message text (trim it, cut it at `</think>`),
+so its place in the result cannot be known beforehand. Instead each control string inside a message, and each end of a
+message that could begin one, is marked with a character that Unicode reserves for such inner use, and the template runs
+again. If taking the marks out again gives the unmarked text, the marks tell which control strings are text. If not, the
+template looked at the marked place itself; marks go to the other side of a string that opens a message, and if that
+fails too the request is refused.
 
 The text is then cut at the genuine control tokens, which is what a tokenizer does first in any case, and each part
 goes through the plain encoder: merges across the border between markup and message are those of the original.
@@ -17,24 +17,20 @@ A conversation without control strings takes the original encoder in one call.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, TypeAlias
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from kvern.errors import BadRequestError, CheckpointError
-from kvern.text.messages import Message
+from kvern.errors import BadRequestError
+from kvern.text.conversation import Conversation
+from kvern.text.messages import Message, NamedTool
+from kvern.text.parser import Parsing
+from kvern.text.renderer import Renderer
 from kvern.text.stop import held_back
 from kvern.text.tokenizer import Tokenizer
 
 Marker = Callable[[str], str]
+Chat: TypeAlias = Conversation | Sequence[Message]
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -43,10 +39,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template is malformed: {error}") from error
+        self._renderer = Renderer(source, tokenizer.named_tokens, tokenizer.control)
+        self.can_think = self._renderer.can_think
+        self.format = self._renderer.format
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -57,34 +52,64 @@ class ChatTemplate:
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         return cls(source, tokenizer) if isinstance(source, str) else None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(self, chat: Chat, add_generation_prompt: bool = True) -> str:
         """Return the prompt text. Raises BadRequestError when the template refuses the conversation."""
-        return self._render([message.as_template_value() for message in messages], add_generation_prompt)
+        chat = _conversation(chat)
+        return self._renderer.render(*self._renderer.values(chat), add_generation_prompt, _thinking(chat))
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def encode(self, chat: Chat, add_generation_prompt: bool = True) -> list[int]:
         """Return the prompt's token ids; control strings inside messages stay text. Raises BadRequestError."""
-        values = [message.as_template_value() for message in messages]
-        text = self._render(values, add_generation_prompt)
+        chat = _conversation(chat)
+        values = self._renderer.values(chat)
+        text = self._renderer.render(*values, add_generation_prompt, _thinking(chat))
+        return self._encode(values, text, add_generation_prompt, _thinking(chat))
+
+    def prompt(self, chat: Conversation) -> tuple[list[int], Parsing]:
+        """The ids that ask for an answer, and how to read it. Raises BadRequestError.
+
+        Where a call is forced, its beginning stands in the prompt, so that the answer can be nothing else.
+        """
+        if chat.thinking and not self.can_think:
+            raise BadRequestError("the model cannot think before it answers", param="thinking")
+        thinking, values = _thinking(chat), self._renderer.values(chat)
+        text = self._renderer.render(*values, True, thinking)
+        ids, parsing = self._encode(values, text, True, thinking), self._parsing(chat, text)
+        return ids + self._tokenizer.encode(parsing.written, allow_special=True), parsing
+
+    def _parsing(self, chat: Conversation, text: str) -> Parsing:
+        opened, closed = self.format.think or ("", "")
+        end = text.rstrip()
+        thinks: Literal["inside", "maybe", "never"] = "maybe" if opened and not end.endswith(closed) else "never"
+        written, most = "", None if chat.parallel_tool_calls else 1
+        if opened and end.endswith(opened):
+            thinks = "inside"
+            written = f"\n{closed}\n\n" if _thinking(chat) is False else ""
+        if isinstance(chat.tool_choice, NamedTool):
+            written, most = written + self.format.calls.force(chat.tool_choice.name), 1
+        elif chat.tool_choice == "required":
+            written += self.format.calls.force(chat.tools[0].name if len(chat.tools) == 1 else None)
+        tools = frozenset() if chat.tool_choice == "none" else frozenset(tool.name for tool in chat.tools)
+        return Parsing(self.format, tools, thinks, written, most)
+
+    def _encode(
+        self, values: tuple[list[Any], list[Any]], text: str, add_generation_prompt: bool, thinking: bool | None
+    ) -> list[int]:
         if not any(self._suspicious(string) for string in _strings(values)):
             return self._tokenizer.encode(text, allow_special=True)
-        return [token_id for part in self._parts(values, text, add_generation_prompt) for token_id in part]
 
-    def _render(self, values: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        variables = {**self._tokenizer.named_tokens, "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._template.render(messages=values, tools=None, documents=None, **variables)
-        except jinja2.TemplateError as error:
-            raise BadRequestError(f"the chat template refuses these messages: {error}", param="messages") from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
-            raise BadRequestError(f"the chat template fails on these messages: {error}", param="messages") from error
+        def render(change: Marker) -> str:
+            messages, tools = _map_strings(values, change)
+            return self._renderer.render(messages, tools, add_generation_prompt, thinking)
+
+        return [token_id for part in self._parts(render, text) for token_id in part]
 
     def _suspicious(self, text: str) -> bool:
         return self._tokenizer.find_control(text) is not None or held_back(text.rstrip(), self._tokenizer.control) > 0
 
-    def _parts(self, values: list[dict[str, Any]], text: str, add_generation_prompt: bool) -> Iterator[list[int]]:
+    def _parts(self, render: Callable[[Marker], str], text: str) -> Iterator[list[int]]:
         before, after = _unused_marks(text)
         for marker in self._markers(before, after):
-            marked = self._render([_map_strings(value, marker) for value in values], add_generation_prompt)
+            marked = render(marker)
             if marked.replace(before, "").replace(after, "") == text:
                 return self._encode_marked(marked, before, after)
         raise BadRequestError(
@@ -123,45 +148,21 @@ class ChatTemplate:
         return self._tokenizer.encode(text.replace(before, "").replace(after, ""))
 
 
-class _Generation(Extension):
-    """Accepts `{% generation %}`, which marks assistant text for training, and renders its body as it stands."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class declares an instance variable)
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _conversation(chat: Chat) -> Conversation:
+    return chat if isinstance(chat, Conversation) else Conversation(tuple(chat))
 
 
-def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _thinking(chat: Conversation) -> bool | None:
+    """A call that is forced comes without thinking."""
+    return chat.thinking if chat.tool_choice in ("none", "auto") else False
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
+        for key, item in value.items():
+            yield str(key)
             yield from _strings(item)
     elif isinstance(value, Sequence):
         for item in value:
@@ -172,7 +173,7 @@ def _map_strings(value: Any, change: Marker) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [_map_strings(item, change) for item in value]
     return value
