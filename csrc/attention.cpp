@@ -11,6 +11,7 @@
 #include "attention_common.h"
 #include "kernels.h"
 #include "kvern.h"
+#include "latent8.h"
 #include "pool.h"
 
 namespace kvern {
@@ -179,9 +180,10 @@ bool are_sound(const PagedAttention& call) {
 }
 
 bool are_sizes_sound(const PagedAttention& call) {
-  return is_float(call.out_dtype) && is_float(call.q_dtype) && is_float(call.rows_dtype) && call.queries >= 0 &&
-         call.row_count >= 0 && call.row_stride >= call.dim && call.sequences >= 0 && call.block_size >= 1 &&
-         call.heads >= 1 && call.dim >= 1 && call.rank >= 1 && call.rank <= call.dim;
+  return is_float(call.out_dtype) && is_float(call.q_dtype) && is_rows_dtype(call.rows_dtype) && call.queries >= 0 &&
+         call.row_count >= 0 && call.sequences >= 0 && call.block_size >= 1 && call.heads >= 1 && call.dim >= 1 &&
+         call.rank >= 1 && call.rank <= call.dim &&
+         call.row_stride >= row_elements(call.rows_dtype, call.rank, call.dim - call.rank);
 }
 
 Problem problem_of(const PagedAttention& call) {
@@ -190,7 +192,8 @@ Problem problem_of(const PagedAttention& call) {
   common.dim = call.dim;
   common.rank = call.rank;
   common.scale = log2_scale(call.scale);
-  common.context = {call.rows, call.rows_dtype, call.row_stride, nullptr, call.block_size, nullptr, 0, call.dim, 0, 0};
+  common.context = {call.rows, call.rows_dtype, call.row_stride, nullptr, call.block_size, nullptr, 0, call.dim, 0, 0,
+                    call.rank};
   return {call, kernels, Form(kernels, call.q_dtype, call.rows_dtype), common};
 }
 

@@ -13,7 +13,7 @@ struct PagedAttention {
   const void* q;  // [queries, heads, dim] dense
   int q_dtype;
   int64_t queries;
-  const void* rows;  // [row_count, dim]
+  const void* rows;  // [row_count, dim], or records
   int rows_dtype;
   int64_t row_count, row_stride;
   const int32_t* tables;  // [sequences, ...]

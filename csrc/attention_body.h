@@ -40,9 +40,14 @@ void decode_rows(const Attend& task, int64_t first, int64_t count, float* tile) 
   const kvern::Context& context = task.context;
   T* room = reinterpret_cast<T*>(tile + kAttendRows * (padded(task.dim) + padded(task.rank)));
   for (int64_t r = 0; r < count; ++r) {
+    if (context.dtype == KVERN_LATENT8) {
+      fetch_row(context, smaller(first + r + kAttendRows, task.end - 1), task.dim, task.rank);
+      decode_stretch<V>(key_of<V>(context, first + r, room), 0, task.dim, tile + r * kStep);
+      continue;
+    }
     const T* stored = row_at<T>(context, first + r);
     const int64_t ahead = row_at<T>(context, smaller(first + r + kAttendRows, task.end - 1)) - stored;
-    const T* key = key_of(context, first + r, room);
+    const T* key = key_of<V>(context, first + r, room);
     decode_stretch<V>(key, key == stored ? ahead : 0, task.dim, tile + r * kStep);
     if (are_shared(context)) continue;
     decode_stretch<V>(stored + context.value_at, ahead, task.rank, tile + padded(task.dim) * kAttendRows + r * kStep);

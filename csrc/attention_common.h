@@ -34,7 +34,7 @@ struct Form {
 
   Form(const Kernels& kernels, int q_dtype, int rows_dtype)
       : attend(kernels.attend),
-        has_dots(kernels.attend_dots && q_dtype == KVERN_BF16 && rows_dtype == KVERN_BF16),
+        has_dots(kernels.attend_dots && q_dtype == KVERN_BF16 && rows_dtype != KVERN_F32),
         lanes(kernels.lanes) {
     if (has_dots) attend = kernels.attend_dots;
   }

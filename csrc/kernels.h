@@ -47,13 +47,14 @@ constexpr int64_t kAttendLanes = 64;  // at most so many lanes share them
 // row r of `rope`. The values are its numbers from value_at on; value_at is nope, or 0 where the key holds the values.
 struct Context {
   const void* data;
-  int dtype;  // F32 or BF16, of data and rope
-  int64_t stride;
+  int dtype;  // F32 or BF16, of data and rope; or LATENT8, records that hold all of a key and its values
+  int64_t stride;  // in elements, of records in bytes
   const int32_t* table;
   int64_t block_size;
   const void* rope;
   int64_t rope_stride;
   int64_t nope, rope_size, value_at;
+  int64_t rank;  // codes in a record
 };
 
 // Queries against the rows [begin, end) of a context. A lane is one query of one head: `lanes` of them in a register,
@@ -87,7 +88,7 @@ struct Kernels {
   void (*linear[3])(const Linear&, int64_t begin, int64_t end);  // by weight dtype; output columns [begin, end)
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);  // rows [begin, end)
   void (*attend)(const Attend&);
-  void (*attend_dots)(const Attend&);  // the same for a context in BF16, with BF16 dot products; nullptr: not here
+  void (*attend_dots)(const Attend&);  // the same for a context in BF16 or LATENT8, with BF16 dot products; nullptr: not here
   void (*merge)(const Merge&);
 };
 

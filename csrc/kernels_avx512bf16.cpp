@@ -23,6 +23,13 @@ inline __m512i load_some(const uint16_t* p, int64_t count) {
   return _mm512_maskz_loadu_epi16(count > 0 ? (1u << count) - 1 : 0, p);
 }
 
+// Decoded records are rounded with the instruction that the dot products come with: it flushes what those flush.
+struct Avx512Dots : Avx512 {
+  static void store_bf16(uint16_t* p, reg a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+  }
+};
+
 // Keys of a tile: pairs of columns, [pair / 16][row][pair % 16]. Values: [r / 16][pair of rows][r % 16], even row first.
 struct Tile {
   uint32_t* keys;
@@ -49,23 +56,21 @@ inline void store_values(const Tile& tile, int64_t r, int64_t pair, __m512i even
   _mm512_storeu_si512(value_at(tile, r + 16, pair), _mm512_permutex2var_epi16(even, second, odd));
 }
 
-inline void fetch(const uint16_t* p, int64_t numbers) {
-  for (int64_t at = 0; at < numbers; at += 32) _mm_prefetch(reinterpret_cast<const char*>(p + at), _MM_HINT_T1);
-}
-
-// One pair of rows; the odd one is NULL, and then zeros, behind the last row.
-void gather_pair(const Attend& task, const Tile& tile, int64_t c, const uint16_t* even, const uint16_t* odd,
-                 const uint16_t* even_key, const uint16_t* odd_key) {
+// The pair of rows from `row` on, whose keys these are; the odd one is NULL, and then zeros, behind the last row.
+void gather_pair(const Attend& task, const Tile& tile, int64_t row, int64_t c, const uint16_t* even_key,
+                 const uint16_t* odd_key) {
   const bool shared = are_shared(task.context);
   const int64_t rank = task.rank;
   for (int64_t d = 0; d < task.dim; d += 32) {
     const __m512i a = load_some(even_key + d, task.dim - d);
-    const __m512i b = odd ? load_some(odd_key + d, task.dim - d) : _mm512_setzero_si512();
+    const __m512i b = odd_key ? load_some(odd_key + d, task.dim - d) : _mm512_setzero_si512();
     _mm512_storeu_si512(key_at(tile, d / 2, c), a);
     _mm512_storeu_si512(key_at(tile, d / 2, c + 1), b);
     if (shared && d < rank) store_values(tile, d, c / 2, a, b);
   }
   if (shared) return;
+  const uint16_t* even = row_at<uint16_t>(task.context, row);
+  const uint16_t* odd = odd_key ? row_at<uint16_t>(task.context, row + 1) : nullptr;
   for (int64_t r = 0; r < rank; r += 32) {
     const __m512i a = load_some(even + task.context.value_at + r, rank - r);
     const __m512i b = odd ? load_some(odd + task.context.value_at + r, rank - r) : _mm512_setzero_si512();
@@ -75,17 +80,14 @@ void gather_pair(const Attend& task, const Tile& tile, int64_t c, const uint16_t
 
 void gather(const Attend& task, const Tile& tile, int64_t first, int64_t count) {
   const kvern::Context& context = task.context;
-  const int64_t size = task.dim + (are_shared(context) ? 0 : task.rank);
   for (int64_t c = 0; c < count; c += 2) {
     const bool has_odd = c + 1 < count;
     const int64_t row = first + c;
-    const uint16_t* even = row_at<uint16_t>(context, row);
-    const uint16_t* odd = has_odd ? row_at<uint16_t>(context, row + 1) : nullptr;
-    fetch(row_at<uint16_t>(context, smaller(row + kDotRows, task.end - 1)), size);
-    fetch(row_at<uint16_t>(context, smaller(row + 1 + kDotRows, task.end - 1)), size);
-    const uint16_t* even_key = key_of(context, row, tile.room);
-    const uint16_t* odd_key = has_odd ? key_of(context, row + 1, tile.room + padded(task.dim)) : nullptr;
-    gather_pair(task, tile, c, even, odd, even_key, odd_key);
+    fetch_row(context, smaller(row + kDotRows, task.end - 1), task.dim, task.rank);
+    fetch_row(context, smaller(row + 1 + kDotRows, task.end - 1), task.dim, task.rank);
+    const uint16_t* even = key_of<Avx512Dots>(context, row, tile.room);
+    const uint16_t* odd = has_odd ? key_of<Avx512Dots>(context, row + 1, tile.room + key_room(task.dim)) : nullptr;
+    gather_pair(task, tile, row, c, even, odd);
   }
 }
 

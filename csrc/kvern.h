@@ -17,9 +17,10 @@
 extern "C" {
 #endif
 
-#define KVERN_ABI 4
+#define KVERN_ABI 5
 
 enum { KVERN_F32 = 0, KVERN_BF16 = 1, KVERN_F8_E4M3 = 2 };                 /* dtypes; E4M3 is the "fn" form: no infinities */
+enum { KVERN_LATENT8 = 5 }; /* of cache rows only: records of bytes, see kvern_encode_latents */
 enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };
 
 int kvern_abi(void); /* KVERN_ABI of the library: a caller built for another number must not use it */
@@ -52,18 +53,28 @@ int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weigh
  *   out[t, h] = sum_r p[r] * row_r[:rank],   p = softmax over the visible rows r of q[t, h] . row_r * scale
  *   out       [queries, heads, rank] dense, dtype
  *   q         [queries, heads, dim] dense, dtype (F32 or BF16)
- *   rows      [row_count, dim] rows_dtype (F32 or BF16), rows row_stride apart
+ *   rows      [row_count, dim] rows_dtype (F32, BF16 or LATENT8), rows row_stride apart: in elements, for LATENT8 in
+ *             bytes. Numbers of LATENT8 are rounded to BF16 where they meet BF16 dot products, else they count in FP32.
  *   tables    [sequences, ceil(context / block_size) or more], rows table_stride apart: row r of sequence s is
  *             rows[tables[s, r / block_size] * block_size + r % block_size]
  *   contexts  [sequences] rows that the last query of a sequence sees; each query before it sees one fewer
  *   starts    [sequences + 1] offsets into q, from 0 to queries; a sequence has no more queries than rows
  * Every block number that is read is checked against row_count. A query's result depends on its rows alone, bit for bit.
- * On avx512bf16, BF16 queries over BF16 rows take BF16 dot products: the weights p are rounded to BF16, and subnormal
+ * On avx512bf16, BF16 queries over BF16 or LATENT8 rows take BF16 dot products: the weights p are rounded to BF16, and subnormal
  * numbers count as zeros. The same holds for the expanded form below. */
 int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t queries, const void* rows, int rows_dtype,
                                  int64_t row_count, int64_t row_stride, const int32_t* tables, int64_t table_stride,
                                  const int32_t* contexts, const int32_t* starts, int64_t sequences,
                                  int64_t block_size, int64_t heads, int64_t dim, int64_t rank, float scale);
+
+/* Cache rows in 8 bits (LATENT8). The record of a latent of rank + rope numbers is, without padding,
+ *   rank codes in E4M3 | ceil(rank / 128) scales in FP32 | rope numbers in BF16
+ * and its numbers are code[i] * scale[i / 128]. For 512 + 64 it is the row of 656 bytes that FlashMLA defines.
+ * Encoding: scale = max(amax / 448, 2^-126) over the 128 numbers, code = number / scale, all rounded to nearest even. So
+ * zeros get the scale 2^-126. E4M3 has no infinity: a block that holds one, or a NaN, has the scale NaN and decodes to NaNs.
+ *   records  [count] of rank + 4 ceil(rank / 128) + 2 rope bytes, `stride` bytes apart    latents  [count, rank + rope] */
+int kvern_encode_latents(uint8_t* records, int64_t stride, const float* latents, int64_t count, int64_t rank, int64_t rope);
+int kvern_decode_latents(float* latents, const uint8_t* records, int64_t stride, int64_t count, int64_t rank, int64_t rope);
 
 /* Causal attention over keys and values rebuilt from the latents (MLA, expanded), softmax in FP32:
  *   out[t, h] = sum_c p[c] * kv[c, h, nope:],   p = softmax over c <= context - tokens + t of q[t, h] . k[c, h] * scale,

@@ -88,8 +88,9 @@ typedef struct {
   const int32_t *tables, *contexts, *starts;
   const uint8_t* expanded; /* [sequences]: attend over expanded keys and values; NULL: none does */
   int64_t table_stride, sequences, block_size;
-  int64_t row_count, row_stride;
-  int32_t rows_dtype, activations;
+  int64_t row_count, row_stride; /* row_stride counts elements, for rows in LATENT8 bytes */
+  int32_t rows_dtype;            /* F32, BF16, or LATENT8: records of bytes, see kvern_encode_latents */
+  int32_t activations;           /* F32 or BF16 */
   int64_t* counters; /* [KVERN_COUNTERS], added to; or NULL */
 } kvern_step;
 

@@ -15,6 +15,7 @@
 #include <deque>
 
 #include "attention.h"
+#include "latent8.h"
 #include "products.h"
 #include "routing.h"
 #include "pool.h"
@@ -88,7 +89,7 @@ class Layer {
       : layer_(layer), step_(step), rows_(rows), arena_(arena), meter_(step) {}
 
   void run() {
-    const int64_t row_bytes = latent() * (step_.rows_dtype == KVERN_F32 ? 4 : 2);
+    const int64_t row_bytes = row_elements(step_.rows_dtype, layer_.rank, layer_.rope) * row_element_bytes(step_.rows_dtype);
     for (int64_t s = 0; s < step_.sequences; ++s) meter_.read(KVERN_CACHE_BYTES, step_.contexts[s] * row_bytes);
     float* q = project();
     meter_.lap(KVERN_STAGE_PROJECT);
@@ -107,6 +108,9 @@ class Layer {
  private:
   int64_t head_size() const { return layer_.nope + layer_.rope; }
   int64_t latent() const { return layer_.rank + layer_.rope; }
+  uint8_t* cache_row(int64_t slot) const {
+    return static_cast<uint8_t*>(rows_) + slot * step_.row_stride * row_element_bytes(step_.rows_dtype);
+  }
 
   void multiply(const kvern_packed& w, const Source& source, const Output& out) {
     const Arrangement x(source, w.kind, step_.activations, arena_);
@@ -165,7 +169,11 @@ class Layer {
       float* one = latents + t * latent();
       packed_kernels().rows.norm(mixed + t * latent(), layer_.kv_norm, layer_.latent_eps, layer_.rank, one);
       rotate(mixed + t * latent() + layer_.rank, step_.rotation + t * layer_.rope, layer_.rope, one + layer_.rank);
-      write_row(one, latent(), step_.rows_dtype, element(rows_, step_.rows_dtype, step_.slots[t] * step_.row_stride));
+      if (step_.rows_dtype == KVERN_LATENT8) {
+        packed_kernels().rows.encode(one, layer_.rank, layer_.rope, cache_row(step_.slots[t]));
+      } else {
+        write_row(one, latent(), step_.rows_dtype, cache_row(step_.slots[t]));
+      }
     });
   }
 
@@ -277,9 +285,14 @@ class Layer {
     void* rope = arena_.take<float>(context * layer_.rope);
     each(context, 64, [&](int64_t r) {
       const int32_t* table = step_.tables + sequence * step_.table_stride;
-      const int64_t row = (table[r / step_.block_size] * step_.block_size + r % step_.block_size) * step_.row_stride;
-      for (int64_t d = 0; d < latent(); ++d) latents[r * latent() + d] = read_scalar(rows_, step_.rows_dtype, row + d);
-      write_row(latents + r * latent() + layer_.rank, layer_.rope, dtype, element(rope, dtype, r * layer_.rope));
+      const uint8_t* row = cache_row(table[r / step_.block_size] * step_.block_size + r % step_.block_size);
+      float* one = latents + r * latent();
+      if (step_.rows_dtype == KVERN_LATENT8) {
+        packed_kernels().rows.decode(row, layer_.rank, layer_.rope, one);
+      } else {
+        for (int64_t d = 0; d < latent(); ++d) one[d] = read_scalar(row, step_.rows_dtype, d);
+      }
+      write_row(one + layer_.rank, layer_.rope, dtype, element(rope, dtype, r * layer_.rope));
     });
     const Source rows{latents, latent(), nullptr, context, layer_.rank};
     float* wide = arena_.take<float>(context * heads * width);

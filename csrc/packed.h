@@ -58,6 +58,8 @@ struct RowKernels {
   void (*norm)(const float* x, const float* weight, float eps, int64_t size, float* out);
   void (*gate)(float* gate, const float* up, int64_t size, float weight);
   void (*round)(const float* x, int64_t size, uint16_t* out);
+  void (*encode)(const float* x, int64_t rank, int64_t rope, uint8_t* record);
+  void (*decode)(const uint8_t* record, int64_t rank, int64_t rope, float* out);
   void (*arrange_pairs)(const float* x, int64_t size, int64_t elements, int copies, int64_t stride, uint32_t* out);
   void (*arrange_singles)(const float* x, int64_t size, int64_t elements, bool rounds, int64_t stride, uint32_t* out);
 };

@@ -2,9 +2,13 @@
 // an unnamed namespace: see scalars.h.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
+#include "e4m3_table.h"
+#include "latent8.h"
 #include "packed.h"
 #include "scalars.h"
 
@@ -61,6 +65,60 @@ void round_row(const float* x, int64_t size, uint16_t* out) {
   for (int64_t i = 0; i < size; ++i) out[i] = static_cast<uint16_t>(bf16_bits(x[i]));
 }
 
+constexpr float kE4m3Max = 448.0f;
+
+// The E4M3 code of a number that rounds to at most 448, to nearest even. Under 2^-6, the smallest that is normal, the
+// steps are 2^-9: those of the FP32 numbers from 2^14 on.
+inline uint32_t e4m3_code(float value) {
+  const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+  const uint32_t subnormal = bits_of_float(float_of_bits(magnitude) + 0x1p14f) - bits_of_float(0x1p14f);
+  return (bits >> 24 & 0x80) | (magnitude < 121u << 23 ? subnormal : normal);
+}
+
+// One block of a record; returns its scale. Magnitudes are compared as integers, so that a NaN is the largest of all.
+inline float encode_block(const float* x, int64_t size, uint8_t* codes) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t magnitude = bits_of_float(x[i]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest >= 0x7f800000) {
+    std::memset(codes, 0x7f, static_cast<size_t>(size));
+    return float_of_bits(0x7fc00000);
+  }
+  const float scale = std::fmax(float_of_bits(largest) / kE4m3Max, FLT_MIN);
+  for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<uint8_t>(e4m3_code(x[i] / scale));
+  return scale;
+}
+
+// See kvern_encode_latents.
+void encode_latent(const float* x, int64_t rank, int64_t rope, uint8_t* record) {
+  for (int64_t block = 0; block < latent_blocks(rank); ++block) {
+    const int64_t first = block * kLatentBlock, left = rank - first;
+    const float scale = encode_block(x + first, left < kLatentBlock ? left : kLatentBlock, record + first);
+    std::memcpy(record + rank + 4 * block, &scale, sizeof scale);
+  }
+  for (int64_t i = 0; i < rope; ++i) {
+    const auto number = static_cast<uint16_t>(bf16_bits(x[rank + i]));
+    std::memcpy(record + rope_at(rank) + 2 * i, &number, sizeof number);
+  }
+}
+
+inline float number_of_code(uint8_t code) {
+  const uint32_t high = (code & 0x80u) | kE4m3Bytes.high[code & 0x7f];
+  return float_of_bits(high << 24 | uint32_t{kE4m3Bytes.low[code & 0x7f]} << 16);
+}
+
+void decode_latent(const uint8_t* record, int64_t rank, int64_t rope, float* out) {
+  for (int64_t i = 0; i < rank; ++i) out[i] = number_of_code(record[i]) * latent_scale(record, rank, i / kLatentBlock);
+  for (int64_t i = 0; i < rope; ++i) {
+    uint16_t number;
+    std::memcpy(&number, record + rope_at(rank) + 2 * i, sizeof number);
+    out[rank + i] = float_of_bf16(number);
+  }
+}
+
 // One row of x as a column (see Columns): element e goes to out[e * stride], its second copy beside it.
 void arrange_pairs(const float* x, int64_t size, int64_t elements, int copies, int64_t stride, uint32_t* out) {
   const int64_t whole = size / 2;
@@ -87,6 +145,7 @@ void arrange_singles(const float* x, int64_t size, int64_t elements, bool rounds
   for (int64_t e = size; e < elements; ++e) out[e * stride] = 0;
 }
 
-constexpr kvern::RowKernels kRowKernels{rms_norm, gate_rows, round_row, arrange_pairs, arrange_singles};
+constexpr kvern::RowKernels kRowKernels{rms_norm, gate_rows, round_row, encode_latent,
+                                          decode_latent, arrange_pairs, arrange_singles};
 
 }  // namespace

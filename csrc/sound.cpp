@@ -1,6 +1,7 @@
 #include "sound.h"
 
 #include "kvern.h"
+#include "latent8.h"
 #include "packed.h"
 
 namespace kvern {
@@ -89,8 +90,8 @@ bool has_sound_books(const kvern_step& step) {
 }
 
 bool is_sound(const kvern_layer& layer, const kvern_step& step) {
-  if (!step.x || !step.slots || (layer.rope && !step.rotation) || step.row_stride < layer.rank + layer.rope) return false;
-  if (!is_float(step.rows_dtype) || !is_float(step.activations) || !has_sound_books(step)) return false;
+  if (!step.x || !step.slots || (layer.rope && !step.rotation) || !is_rows_dtype(step.rows_dtype)) return false;
+  if (step.row_stride < row_elements(step.rows_dtype, layer.rank, layer.rope) || !is_float(step.activations) || !has_sound_books(step)) return false;
   for (int64_t t = 0; t < step.tokens; ++t) {
     if (step.slots[t] < 0 || step.slots[t] >= step.row_count) return false;
   }

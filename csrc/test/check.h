@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../kvern.h"
+#include "../latent8.h"
 #include "../scalars.h"
 
 namespace {

@@ -2,6 +2,7 @@
 // exactly the stated size, and compares with plain loops. Made for the sanitizers (`make sanitize`): a read or write past
 // a buffer, undefined behaviour or a race ends the run.
 #include <algorithm>
+#include <cstring>
 #include <thread>
 
 #include "check.h"
@@ -46,6 +47,62 @@ void check_dequantize(Random& random, int64_t n, int64_t k) {
   }
 }
 
+// Records of random latents, one block of which holds a NaN; and what plain loops make of each number.
+void check_latents(Random& random, int64_t count, int64_t rank, int64_t rope) {
+  const int64_t dim = rank + rope, bytes = latent8_bytes(rank, rope);
+  std::vector<float> latents(static_cast<size_t>(count * dim)), back(latents.size());
+  for (auto& one : latents) one = random.number() * std::exp2(10 * random.number());
+  latents.back() = rope ? std::nanf("") : latents.back();
+  latents[0] = std::nanf("");
+  std::vector<uint8_t> records(static_cast<size_t>(count * bytes));
+  require(!kvern_encode_latents(records.data(), bytes, latents.data(), count, rank, rope), "code of latents");
+  require(!kvern_decode_latents(back.data(), records.data(), bytes, count, rank, rope), "code of latents");
+  require(kvern_encode_latents(records.data(), bytes - 1, latents.data(), count, rank, rope), "a stride too short");
+  for (int64_t i = 0; i < count * dim; ++i) {
+    const int64_t row = i / dim, d = i % dim;
+    const float number = latents[static_cast<size_t>(i)], found = back[static_cast<size_t>(i)];
+    if (d >= rank) {
+      const float kept = float_of_bf16(bf16_of_float(number));
+      require(kept == found || (kept != kept && found != found), "the rope part of a record");
+      continue;
+    }
+    const int64_t block = d / kLatentBlock;
+    if (row == 0 && block == 0) {
+      require(found != found, "a block with a NaN");
+      continue;
+    }
+    const uint8_t* record = records.data() + row * bytes;
+    const float scale = latent_scale(record, rank, block);
+    require(found == float_of_e4m3(record[d]) * scale, "a number of a record");
+    double nearest = 1e30;
+    for (int code = 0; code < 256; ++code) {
+      if ((code & 0x7f) == 0x7f) continue;
+      nearest = std::min(nearest, std::abs(double{float_of_e4m3(static_cast<uint8_t>(code))} - double{number} / scale));
+    }
+    require(std::abs(double{float_of_e4m3(record[d])} - double{number} / scale) <= nearest + 1e-5, "the nearest code");
+  }
+}
+
+// Rows of a cache in a block of exactly their size, and the numbers that they hold.
+struct Rows {
+  std::vector<uint8_t> bytes;
+  std::vector<float> numbers;
+  int64_t stride;
+
+  Rows(Random& random, int dtype, int64_t count, int64_t rank, int64_t rope)
+      : numbers(static_cast<size_t>(count * (rank + rope))), stride(row_elements(dtype, rank, rope)) {
+    if (dtype != KVERN_LATENT8) {
+      bytes = random.stored(count * (rank + rope), dtype);
+      for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = read_scalar(bytes.data(), dtype, static_cast<int64_t>(i));
+      return;
+    }
+    for (auto& one : numbers) one = random.number();
+    bytes.resize(static_cast<size_t>(count * stride));
+    require(!kvern_encode_latents(bytes.data(), stride, numbers.data(), count, rank, rope), "code of latents");
+    require(!kvern_decode_latents(numbers.data(), bytes.data(), stride, count, rank, rope), "code of latents");
+  }
+};
+
 struct Attention {
   int dtype, rows_dtype;
   int64_t heads, dim, rank, block_size;
@@ -60,11 +117,14 @@ void check_attention(Random& random, const Attention& one) {
   std::vector<int32_t> tables(static_cast<size_t>(sequences * width));
   for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<int32_t>(tables.size() - 1 - i);
   const auto q = random.stored(queries * one.heads * one.dim, one.dtype);
-  const auto rows = random.stored(row_count * one.dim, one.rows_dtype);
+  Rows rows(random, one.rows_dtype, row_count, one.rank, one.dim - one.rank);
+  if (one.dtype == KVERN_BF16 && std::strcmp(kvern_isa(), "avx512bf16") == 0) {
+    for (auto& number : rows.numbers) number = float_of_bf16(bf16_of_float(number));  // as the dot products take them
+  }
   std::vector<uint8_t> out(static_cast<size_t>(queries * one.heads * one.rank) * (one.dtype == KVERN_F32 ? 4 : 2));
   const auto call = [&] {
-    return kvern_paged_latent_attention(out.data(), q.data(), one.dtype, queries, rows.data(), one.rows_dtype, row_count,
-                                        one.dim, tables.data(), width, one.contexts.data(), one.starts.data(), sequences,
+    return kvern_paged_latent_attention(out.data(), q.data(), one.dtype, queries, rows.bytes.data(), one.rows_dtype, row_count,
+                                        rows.stride, tables.data(), width, one.contexts.data(), one.starts.data(), sequences,
                                         one.block_size, one.heads, one.dim, one.rank, 0.2f);
   };
   require(call() == KVERN_OK, "attention's code");
@@ -72,9 +132,9 @@ void check_attention(Random& random, const Attention& one) {
     const int32_t* offset = one.starts.data() + s;
     for (int64_t query = offset[0]; query < offset[1]; ++query) {
       const int64_t seen = one.contexts[static_cast<size_t>(s)] - (offset[1] - 1 - query);
-      const auto place = [&](int64_t row) {
-        return (tables[static_cast<size_t>(s * width + row / one.block_size)] * one.block_size + row % one.block_size) *
-               one.dim;
+      const auto number = [&](int64_t row, int64_t d) {
+        const int64_t block = tables[static_cast<size_t>(s * width + row / one.block_size)];
+        return rows.numbers[static_cast<size_t>((block * one.block_size + row % one.block_size) * one.dim + d)];
       };
       for (int64_t head = 0; head < one.heads; ++head) {
         std::vector<double> sums(static_cast<size_t>(one.rank)), bounds(sums);
@@ -83,12 +143,12 @@ void check_attention(Random& random, const Attention& one) {
           double score = 0;
           for (int64_t d = 0; d < one.dim; ++d) {
             score += double{read_scalar(q.data(), one.dtype, (query * one.heads + head) * one.dim + d)} *
-                     read_scalar(rows.data(), one.rows_dtype, place(row) + d);
+                     number(row, d);
           }
           const double weight = std::exp(score * 0.2);
           total += weight;
           for (int64_t r = 0; r < one.rank; ++r) {
-            const double value = weight * read_scalar(rows.data(), one.rows_dtype, place(row) + r);
+            const double value = weight * number(row, r);
             sums[static_cast<size_t>(r)] += value;
             bounds[static_cast<size_t>(r)] += std::abs(value);
           }
@@ -158,15 +218,21 @@ void check_all() {
     check_linear(random, dtype, 2, 900, 256);  // several chunks
   }
   for (const int64_t k : {1, 65, 300}) check_dequantize(random, 131, k);
-  for (const int rows_dtype : {KVERN_F32, KVERN_BF16}) {
+  for (const int64_t rank : {1, 64, 128, 129, 300}) {
+    for (const int64_t rope : {0, 1, 64}) check_latents(random, 19, rank, rope);
+  }
+  for (const int rows_dtype : {int{KVERN_F32}, int{KVERN_BF16}, int{KVERN_LATENT8}}) {
     check_attention(random, {KVERN_F32, rows_dtype, 14, 70, 33, 16, {1, 600, 40}, {0, 1, 3, 4}});
     check_attention(random, {KVERN_F32, rows_dtype, 130, 20, 20, 3, {17}, {0, 2}});
     check_attention(random, {KVERN_F32, rows_dtype, 1, 1, 1, 1, {9}, {0, 1}});
   }
-  for (const int64_t heads : {1, 9, 12, 70}) {
-    check_attention(random, {KVERN_BF16, KVERN_BF16, heads, 64, 48, 16, {300, 5}, {0, 1, 2}});
-    check_attention(random, {KVERN_BF16, KVERN_BF16, heads, 37, 21, 3, {31, 66}, {0, 7, 9}});
-    check_attention(random, {KVERN_BF16, KVERN_BF16, heads, 1, 1, 1, {259}, {0, 5}});
+  for (const int rows_dtype : {int{KVERN_BF16}, int{KVERN_LATENT8}}) {
+    for (const int64_t heads : {1, 9, 12, 70}) {
+      check_attention(random, {KVERN_BF16, rows_dtype, heads, 64, 48, 16, {300, 5}, {0, 1, 2}});
+      check_attention(random, {KVERN_BF16, rows_dtype, heads, 37, 21, 3, {31, 66}, {0, 7, 9}});
+      check_attention(random, {KVERN_BF16, rows_dtype, heads, 1, 1, 1, {259}, {0, 5}});
+      check_attention(random, {KVERN_BF16, rows_dtype, heads, 195, 130, 4, {41}, {0, 2}});
+    }
   }
   for (const int dtype : {KVERN_F32, KVERN_BF16}) {
     check_expanded(random, {dtype, 1, 1, 1, 0, 0, 1});

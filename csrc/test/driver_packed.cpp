@@ -167,7 +167,7 @@ struct Model {
   }
 
   // x after a step of sequences of `counts` new tokens; blocks of the cache lie backwards.
-  std::vector<float> run(const std::vector<float>& x, const std::vector<int32_t>& counts, int activations, bool expands) {
+  std::vector<float> run(const std::vector<float>& x, const std::vector<int32_t>& counts, int activations, int rows_dtype, bool expands) {
     std::vector<float> out = x;
     const auto tokens = static_cast<int64_t>(x.size()) / hidden;
     std::vector<int32_t> starts{0}, tables;
@@ -181,7 +181,7 @@ struct Model {
     std::vector<int64_t> slots(static_cast<size_t>(tokens)), ids(slots);
     std::vector<float> rotation(static_cast<size_t>(tokens * rope)), table(x.begin(), x.begin() + hidden);
     const std::vector<float> frequencies(static_cast<size_t>(rope / 2), 0.5f);
-    std::vector<uint8_t> cache(static_cast<size_t>(rows * (rank + rope)) * (activations == KVERN_F32 ? 4 : 2));
+    std::vector<uint8_t> cache(static_cast<size_t>(rows * row_elements(rows_dtype, rank, rope) * row_element_bytes(rows_dtype)));
     const std::vector<uint8_t> flags(counts.size(), 1);
     std::vector<int64_t> counters(KVERN_COUNTERS);
     kvern_step step{};
@@ -197,8 +197,9 @@ struct Model {
     step.sequences = static_cast<int64_t>(counts.size());
     step.block_size = block;
     step.row_count = rows;
-    step.row_stride = rank + rope;
-    step.rows_dtype = step.activations = activations;
+    step.row_stride = row_elements(rows_dtype, rank, rope);
+    step.rows_dtype = rows_dtype;
+    step.activations = activations;
     step.counters = counters.data();
     require(kvern_begin_step(&step, frequencies.data(), rope, 1.0f, table.data(), KVERN_F32, 1, hidden, ids.data()) == KVERN_OK,
             "the beginning of a step");
@@ -221,8 +222,9 @@ void check_layer(Random& random, int kind, bool is_routed) {
   const std::vector<int32_t> counts{1, 9, 17};
   std::vector<float> x(static_cast<size_t>(27 * Model::hidden));
   for (float& number : x) number = random.number();
-  for (const int activations : {KVERN_F32, KVERN_BF16}) {
-    const auto absorbed = model.run(x, counts, activations, false), expanded = model.run(x, counts, activations, true);
+  const int forms[][2]{{KVERN_F32, KVERN_F32}, {KVERN_BF16, KVERN_BF16}, {KVERN_F32, KVERN_LATENT8}, {KVERN_BF16, KVERN_LATENT8}};
+  for (const auto& [activations, rows] : forms) {
+    const auto absorbed = model.run(x, counts, activations, rows, false), expanded = model.run(x, counts, activations, rows, true);
     double most = 0, apart = 0;
     for (size_t i = 0; i < x.size(); ++i) {
       most = std::max(most, std::abs(double{absorbed[i]}));
@@ -230,7 +232,7 @@ void check_layer(Random& random, int kind, bool is_routed) {
     }
     if (activations == KVERN_F32) require(apart < 1e-3 * most, "both forms of attention");
     const std::vector<float> middle(x.begin() + Model::hidden, x.begin() + 10 * Model::hidden);
-    const auto alone = model.run(middle, {9}, activations, false);
+    const auto alone = model.run(middle, {9}, activations, rows, false);
     require(std::equal(alone.begin(), alone.end(), absorbed.begin() + Model::hidden), "a sequence alone");
   }
 }

@@ -44,9 +44,9 @@ class LatentCache(Protocol):
 class PagedLatents(Protocol):
     """A cache whose latents lie in blocks: its books for the S sequences and T tokens of a batch.
 
-    rows [layers, N, D]: token r of sequence s lies in rows[layer, tables[s, r // block_size] * block_size + r %
-    block_size]. tables [S, blocks] int32; contexts [S] int32, this batch's tokens included; starts [S + 1] int32,
-    offsets into the tokens.
+    rows [layers, N, D], or the records of `ops.encode_latents`, uint8 [layers, N, latent8_bytes]: token r of sequence s
+    lies in rows[layer, tables[s, r // block_size] * block_size + r % block_size]. tables [S, blocks] int32; contexts
+    [S] int32, this batch's tokens included; starts [S + 1] int32, offsets into the tokens.
     """
 
     tables: Tensor

@@ -27,7 +27,7 @@ from kvern.model.moe import MoE
 from kvern.model.mtp import MTPLayer
 from kvern.model.transformer import Transformer
 from kvern.ops import packed
-from kvern.ops.library import CODES
+from kvern.ops.library import CODES, ROW_CODES
 from kvern.ops.reference import BLOCK
 
 
@@ -155,8 +155,8 @@ class PackedTransformer:
             len(pages.contexts),
             pages.block_size,
             pages.rows.shape[1],
-            self.config.latent_dim,
-            CODES[pages.rows.dtype],
+            pages.rows.stride(1),
+            ROW_CODES[pages.rows.dtype],
             CODES[self.activation_dtype],
             packed.address(self.counters),
         )
@@ -196,7 +196,7 @@ class PackedStep:
 
 @dataclass(frozen=True)
 class Pages:
-    """The books of a batch's cache (see PagedLatents); rows [layers, N, D], or [1, N, D] that all layers share."""
+    """The books of a batch's cache (see PagedLatents); rows of all layers, or of one [1, N, D] that all share."""
 
     tables: Tensor
     contexts: Tensor

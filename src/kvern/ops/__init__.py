@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from kvern.ops import native, reference, reference_experts, reference_int4, triton_backends
+from kvern.ops import native, reference, reference_experts, reference_int4, reference_latent8, triton_backends
 from kvern.ops.dispatch import Op
 
 linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"))
@@ -27,6 +27,8 @@ paged_latent_attention = Op(
 )
 expanded_attention = Op("expanded_attention", reference.expanded_attention, native.backends("expanded_attention"))
 causal_attention = Op("causal_attention", reference.causal_attention)
+encode_latents = Op("encode_latents", reference_latent8.encode_latents, native.backends("encode_latents"))
+decode_latents = Op("decode_latents", reference_latent8.decode_latents, native.backends("decode_latents"))
 
 ALL = (
     linear,
@@ -43,5 +45,7 @@ ALL = (
     paged_latent_attention,
     expanded_attention,
     causal_attention,
+    encode_latents,
+    decode_latents,
 )
 """Every op, for `kvern doctor` and for the parity tests."""

@@ -21,8 +21,10 @@ from torch import Tensor
 from kvern.errors import ConfigError
 from kvern.plan.hardware import default_threads
 
-ABI = 4
+ABI = 5
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
+ROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 5}
+"""Of cache rows; bytes are records of `reference_latent8`."""
 ISA_ERRORS = {1: "no such instruction set", 2: "this CPU, or this build, lacks it"}
 
 
@@ -102,6 +104,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     q_rows: list[Any] = [pointer, pointer, code, size, pointer, code, size, size]
     books: list[Any] = [pointer, size, pointer, pointer, size, size]
     lib.kvern_paged_latent_attention.argtypes = [*q_rows, *books, size, size, size, ctypes.c_float]
+    lib.kvern_encode_latents.argtypes = [pointer, size, pointer, size, size, size]
+    lib.kvern_decode_latents.argtypes = [pointer, pointer, size, size, size, size]
     _declare_packed(lib)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kvern.ops import reference
-from kvern.ops.library import CODES, is_dense, loaded
+from kvern.ops.library import CODES, ROW_CODES, is_dense, loaded
+from kvern.plan.memory import latent8_bytes
 
 
 def paged_latent_attention(
@@ -21,12 +22,13 @@ def paged_latent_attention(
 ) -> Tensor:
     """`reference.paged_latent_attention` in FP32 throughout: relative error under 3e-6 of sum p|v|.
 
-    On avx512bf16, BF16 queries over BF16 rows take BF16 dot products: exact products and FP32 sums, the softmax weights
-    rounded to BF16 (as the reference rounds them), subnormal numbers taken as zeros.
+    On avx512bf16, BF16 queries over BF16 rows or over records (their numbers rounded to BF16) take BF16 dot products:
+    exact products and FP32 sums, the softmax weights rounded to BF16 (as the reference rounds them), subnormal numbers
+    taken as zeros. Elsewhere the numbers of records count in FP32.
 
     A query's result depends on its rows alone, bit for bit: not on the rest of the batch, nor on the number of threads.
     """
-    if not _takes_attention(q, rows, tables, contexts, starts):
+    if not _takes_attention(q, rows, tables, contexts, starts, rank):
         return reference.paged_latent_attention(q, rows, tables, contexts, starts, block_size, rank, scale)
     q, tables, contexts, starts = (t.contiguous() for t in (q, tables, contexts, starts))
     out = torch.empty(*q.shape[:2], rank, dtype=q.dtype)
@@ -36,7 +38,7 @@ def paged_latent_attention(
         CODES[q.dtype],
         q.shape[0],
         rows.data_ptr(),
-        CODES[rows.dtype],
+        ROW_CODES[rows.dtype],
         rows.shape[0],
         rows.stride(0),
         tables.data_ptr(),
@@ -102,15 +104,15 @@ def _takes_expanded(q: Tensor, kv: Tensor, rope: Tensor) -> bool:
     )
 
 
-def _takes_attention(q: Tensor, rows: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor) -> bool:
+def _takes_attention(q: Tensor, rows: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor, rank: int) -> bool:
     if torch.is_grad_enabled() and (q.requires_grad or rows.requires_grad):
         return False
     return (
         q.dtype in (torch.float32, torch.bfloat16)
-        and rows.dtype in (torch.float32, torch.bfloat16)
+        and rows.dtype in ROW_CODES
         and q.dim() == 3
         and is_dense(rows)
-        and q.shape[2] == rows.shape[1]
+        and rows.shape[1] == (latent8_bytes(rank, q.shape[2] - rank) if rows.dtype is torch.uint8 else q.shape[2])
         and all(books.dtype is torch.int32 for books in (tables, contexts, starts))
         and tables.shape[:1] == contexts.shape
         and starts.shape == (len(contexts) + 1,)

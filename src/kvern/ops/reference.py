@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvern.ops.reference_latent8 import decode_latents
+
 BLOCK = 128
 """Rows and columns of a weight block that share one scale (`quantization_config.weight_block_size`)."""
 
@@ -131,7 +133,8 @@ def paged_latent_attention(
 ) -> Tensor:
     """`latent_attention` for S sequences whose latents lie in blocks: q [T, H, D] -> [T, H, rank] in q.dtype.
 
-    rows: [N, D], the cache of one layer, in q.dtype or bfloat16. tables: [S, B] int32 block numbers: row r of sequence
+    rows: [N, D], the cache of one layer, in q.dtype or bfloat16; or uint8 [N, latent8_bytes], records that count with
+    their numbers in q.dtype (see `reference_latent8`). tables: [S, B] int32 block numbers: row r of sequence
     s is rows[tables[s, r // block_size] * block_size + r % block_size], and entries past its context are not read.
     contexts: [S] int32, rows that the last query of each sequence sees. starts: [S + 1] int32 offsets into q: query j
     of the n of sequence s sees contexts[s] - n + 1 + j rows, and n is at most contexts[s].
@@ -141,7 +144,10 @@ def paged_latent_attention(
     for sequence, context in enumerate(contexts.tolist()):
         span = slice(offsets[sequence], offsets[sequence + 1])
         if span.stop > span.start:
-            latent = rows[paged_rows(tables[sequence], context, block_size)].to(q.dtype)
+            latent = rows[paged_rows(tables[sequence], context, block_size)]
+            if rows.dtype is torch.uint8:
+                latent = decode_latents(latent, rank, q.shape[2] - rank)
+            latent = latent.to(q.dtype)
             out[span] = latent_attention(q[span], latent, rank, scale)
     return out
 

@@ -2,7 +2,8 @@
 
     attention = h*q_lora + q_lora*H*(n+p) + h*(R+p) + R*H*(n+v) + H*v*h (+ norms)
     MoE layer = attention + (routed + shared) * 3*h*moe + gate;  active: top-k of the routed
-    cache     = (R + p) numbers a token and layer, against 2*H*v for multi-head attention of the same heads
+    cache     = (R + p) numbers a token and layer, against 2*H*v for multi-head attention of the same heads;
+                in FP8 R codes, R / 128 scales in FP32 and p numbers in BF16
 
 Without the MTP layers, as the report counts (671,026,419,200 for V3); those are given apart. "Active" counts the head
 and not the embedding, which is a look-up.
@@ -15,17 +16,25 @@ from dataclasses import dataclass
 from kvern.config import Int4Config, ModelConfig
 
 BFLOAT16 = 2
+LATENT_BLOCK = 128
+"""Numbers of a latent in an FP8 cache that share a scale."""
+
+
+def latent8_bytes(rank: int, rope: int) -> int:
+    """Bytes of a token's record in one layer of an FP8 cache (the layout: `ops.reference_latent8`)."""
+    return rank + 4 * -(-rank // LATENT_BLOCK) + BFLOAT16 * rope
 
 
 @dataclass(frozen=True)
 class Account:
-    """Counts of parameters and bytes; caches in BF16."""
+    """Counts of parameters and bytes; caches in BF16, but latent8 in FP8."""
 
     parameters: int
     active_parameters: int
     mtp_parameters: int
     checkpoint_bytes: int
     latent_bytes_per_token: int
+    latent8_bytes_per_token: int
     mha_bytes_per_token: int
 
     def cache_bytes(self, tokens: int) -> int:
@@ -48,6 +57,7 @@ def account(config: ModelConfig) -> Account:
         mtp_parameters=config.num_nextn_predict_layers * _mtp_layer(config),
         checkpoint_bytes=_checkpoint_bytes(config),
         latent_bytes_per_token=per_layer * config.latent_dim,
+        latent8_bytes_per_token=config.num_hidden_layers * latent8_bytes(config.kv_lora_rank, config.qk_rope_head_dim),
         mha_bytes_per_token=per_layer * config.num_attention_heads * 2 * config.v_head_dim,
     )
 
