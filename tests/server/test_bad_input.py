@@ -158,7 +158,7 @@ def test_schemathesis_over_our_openapi(http: httpx.Client, mode: str) -> None:
     checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
     tried = 0
     for operation in _operations(http):
-        if mode == "negative" and operation.method == "get":
+        if mode == "negative" and not operation.body:
             continue  # a path takes any text: nothing is forbidden
 
         @settings(
@@ -172,7 +172,7 @@ def test_schemathesis_over_our_openapi(http: httpx.Client, mode: str) -> None:
         @given(case=operation.as_strategy(generation_mode=generation))
         def run(case: Any) -> None:
             nonlocal tried
-            if isinstance(case.body, dict):  # an answer that is long or streams shows no more than a short one
+            if case.path in ROUTES and isinstance(case.body, dict):  # an answer that is long or streams shows no more than a short one
                 case.body = {**case.body, "stream": False}
                 if mode == "positive":
                     case.body = {**case.body, "model": "tiny-v3", "max_tokens": 2, "min_tokens": 0, "n": 1}

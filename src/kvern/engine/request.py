@@ -13,6 +13,9 @@ from typing import Literal
 from kvern.engine.params import SamplingParams
 from kvern.errors import KvernError
 
+BACKGROUND = 2**30
+"""The priority from which on a request gives way to all others."""
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 

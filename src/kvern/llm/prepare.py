@@ -44,6 +44,7 @@ class TextSide:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
+        self.folder = folder
         self.tokenizer = Tokenizer.load(folder)
         self.template = ChatTemplate.load(folder, self.tokenizer)
         self.fim = FillInTheMiddle.of(self.tokenizer)

@@ -17,9 +17,11 @@ from fastapi import FastAPI
 from kvern import __version__
 from kvern.errors import KvernError
 from kvern.llm import LLM
-from kvern.server import openapi, refusals
+from kvern.server import batches, files, openapi, refusals
 from kvern.server.aliases import Aliases
+from kvern.server.batching import Batching
 from kvern.server.generate import BUFFER, EngineHost
+from kvern.server.inside import with_owners
 from kvern.server.metrics import Metrics
 from kvern.server.request_id import RequestId
 from kvern.server.routes import Salt, one_tenant, router
@@ -46,8 +48,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(app.state.host, loaded))
+        loading = asyncio.create_task(_load(app, loaded))
         yield
+        await app.state.batching.stopped()
         await app.state.host.stop()
         await asyncio.gather(loading, return_exceptions=True)
         app.state.store.close()
@@ -56,20 +59,25 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = Metrics()
     app.state.host = EngineHost(load, app.state.metrics, buffer=buffer)
-    app.state.salt = salt
+    app.state.batching = Batching()
+    app.state.host.before_draining.append(app.state.batching.stop)
+    app.state.salt = with_owners(salt)
     app.state.store = Store(settings.store or default_path())
     app.state.aliases = Aliases(settings.model_alias)
     app.state.started = int(time.time())
-    app.include_router(router)
+    for routes in (router, files.router, batches.router):
+        app.include_router(routes)
     app.add_middleware(RequestId)
     refusals.add_handlers(app)
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]
     return app
 
 
-async def _load(host: EngineHost, loaded: Callable[[LLM | KvernError], None]) -> None:
+async def _load(app: FastAPI, loaded: Callable[[LLM | KvernError], None]) -> None:
+    host: EngineHost = app.state.host
     try:
         await host.start()
+        app.state.batching.start(app, host.llm)
         loaded(host.llm)
     except KvernError as error:
         loaded(error)

@@ -49,6 +49,8 @@ class EngineHost:
         self._thread: EngineThread | None = None
         self._answers: dict[int, Answer] = {}
         self._draining = False
+        self.before_draining: list[Callable[[], None]] = []
+        """Called when draining begins: what need not end by itself gives way."""
 
     async def start(self) -> None:
         """Load the model beside the event loop; what `load` raises is raised here."""
@@ -115,6 +117,8 @@ class EngineHost:
     async def drain(self, seconds: float) -> None:
         """Take nothing new and wait until what runs has ended; after `seconds`, cut it short."""
         self._draining = True
+        for give_way in self.before_draining:
+            give_way()
         await self._wait_until_idle(seconds)
         for answer in set(self._answers.values()):
             answer.fail(UnavailableError("the server is stopping", retry_after=RETRY_SECONDS))

@@ -8,11 +8,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from kvern.wire.batches import BatchRequest
 from kvern.wire.chat import ChatCompletionRequest
 from kvern.wire.completions import CompletionRequest
 
 REF = "#/components/schemas/{model}"
-BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
+BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, BatchRequest)
 
 
 def build(app: FastAPI) -> dict[str, Any]:

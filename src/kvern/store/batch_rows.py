@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from kvern.store import files
+from kvern.store import batches, files
 from kvern.store.batches import ANSWERS, BATCHES, FIELDS, ROWS, Batch
 
 WAITING, SUCCEEDED, FAILED = range(3)
@@ -26,7 +26,6 @@ PAGE = 500
 Item = TypeVar("Item")
 Part: TypeAlias = Literal["output", "error"]
 STATES: dict[Part, int] = {"output": SUCCEEDED, "error": FAILED}
-COUNTED = ("reused", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What an answer took. `cached_tokens` are among those of the input, `reasoning_tokens` among the output's."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Result:
     """What a row's line says in the file of `part`, and what it counts; with a `key`, `body` goes into the cache."""
 
@@ -48,10 +57,7 @@ class Result:
     part: Part
     text: bytes
     reused: int = 0
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    reasoning_tokens: int = 0
+    tokens: Tokens = Tokens()
     key: str | None = None
     body: bytes = b""
 
@@ -87,7 +93,8 @@ def record(connection: Connection, batch_id: str, result: Result, now: int) -> b
     """End a row: its line, its batch's counts, its file's size, the cache. False, and nothing, where it had ended."""
     if not _end(connection, batch_id, result.line, STATES[result.part], result.text):
         return False
-    counts = {name: BATCHES.c[name] + getattr(result, name) for name in COUNTED}
+    counted = {"reused": result.reused, **result.tokens.__dict__}
+    counts = {name: BATCHES.c[name] + count for name, count in counted.items()}
     _count(connection, batch_id, result.part, 1, len(result.text) + 1, now, counts)
     if result.key is not None and answer(connection, result.key) is None:
         connection.execute(insert(ANSWERS).values(key=result.key, body=result.body, created_at=now))
@@ -127,6 +134,15 @@ def forget_requests(connection: Connection, batch_id: str) -> None:
 def forget_results(connection: Connection, batch_id: str, part: Part) -> None:
     """Drop what a file of the batch holds."""
     connection.execute(delete(ROWS).where(ROWS.c.batch_id == batch_id, ROWS.c.state == STATES[part]))
+
+
+def remove_file(connection: Connection, file: files.File) -> None:
+    """Forget a file; of one that a batch wrote, the results."""
+    if file.batch_id is not None:
+        batch = batches.get(connection, file.batch_id)
+        assert batch is not None
+        forget_results(connection, file.batch_id, "output" if batch.output_file_id == file.id else "error")
+    files.remove(connection, file.id)
 
 
 def trim_answers(connection: Connection, most: int) -> None:

@@ -81,11 +81,12 @@ class Store:
         """
         if self.path is not None:
             return _lock_file(self.path.with_name(f"{self.path.name}.{_digest(name):016x}.lock"))
-        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if connection.scalar(select(func.pg_try_advisory_lock(_digest(name) - 2**63))):
-            return lambda: _unlock(connection)
-        connection.close()
-        return None
+        with self._errors():
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            if connection.scalar(select(func.pg_try_advisory_lock(_digest(name) - 2**63))):
+                return lambda: _unlock(connection)
+            connection.close()
+            return None
 
     def close(self) -> None:
         """Close all connections."""

@@ -1,0 +1,36 @@
+"""When two requests have one answer, so that the second need not be computed.
+
+    key = sha256(revision of the model, owner, endpoint, canonical body)
+
+Only requests whose answer is determined have a key: temperature 0, or a seed. The owner is part of it, so nobody learns
+from the time an answer takes what others have asked. A response that is to be stored has none either: each is an object
+of its own. `user` and `priority` change nothing in an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+CHANGES_NOTHING = ("user", "priority", "metadata", "prompt_cache_key", "safety_identifier", "service_tier")
+RESPONSES = "/v1/responses"
+
+
+def key(revision: str, owner: str, url: str, body: Mapping[str, Any]) -> str | None:
+    """The key of a request; None where its answer is drawn anew each time."""
+    if body.get("temperature") != 0 and body.get("seed") is None:
+        return None
+    if url == RESPONSES and body.get("store") is not False:
+        return None
+    said = {name: value for name, value in body.items() if name not in CHANGES_NOTHING and value is not None}
+    text = json.dumps([revision, owner, url, said], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def renamed(body: dict[str, Any]) -> dict[str, Any]:
+    """An answer with an id of its own, of the same kind."""
+    kind, dash, _ = str(body.get("id", "")).partition("-")
+    return {**body, "id": f"{kind}-{secrets.token_hex(12)}"} if dash else body
