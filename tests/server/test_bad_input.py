@@ -172,7 +172,8 @@ def test_schemathesis_over_our_openapi(http: httpx.Client, mode: str) -> None:
         @given(case=operation.as_strategy(generation_mode=generation))
         def run(case: Any) -> None:
             nonlocal tried
-            if case.path in ROUTES and isinstance(case.body, dict):  # an answer that is long or streams shows no more than a short one
+            # An answer that is long or streams shows no more than a short one.
+            if case.path in ROUTES and isinstance(case.body, dict):
                 case.body = {**case.body, "stream": False}
                 if mode == "positive":
                     case.body = {**case.body, "model": "tiny-v3", "max_tokens": 2, "min_tokens": 0, "n": 1}
