@@ -8,7 +8,7 @@ server's own message with its status and field, or UnreachableError with a hint 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -16,7 +16,8 @@ from typing import Any, NoReturn, Self
 import httpx
 
 from kvern.errors import BadRequestError, BusyError, KvernError, NotFoundError, UnreachableError
-from kvern.text.messages import Completion, MessageLike, as_messages
+from kvern.text.conversation import Conversation, ConversationLike, as_conversation
+from kvern.text.messages import Completion, NamedTool, Tool, ToolCall
 from kvern.text.options import SamplingOptions
 
 CONNECT_SECONDS = 5.0
@@ -67,12 +68,13 @@ class Client:
         """The ids of the models that the server lists."""
         return [str(model["id"]) for model in self._json("GET", "models")["data"]]
 
-    def chat(self, messages: str | Sequence[MessageLike], **sampling: Any) -> Completion:
+    def chat(self, messages: ConversationLike, **sampling: Any) -> Completion:
         """Answer a conversation (or one user message). Options: those of SamplingOptions."""
         answer = self._json("POST", "chat/completions", self._body(messages, sampling))
         try:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
-            content = choice["message"].get("content") or ""
+            message = choice["message"]
+            content = message.get("content") or ""
             return Completion(
                 content,
                 (),
@@ -81,11 +83,13 @@ class Client:
                 usage.get("completion_tokens", 0),
                 (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
                 content=content,
+                reasoning=message.get("reasoning_content") or message.get("reasoning") or "",
+                tool_calls=tuple(_call(call) for call in message.get("tool_calls") or ()),
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise KvernError(f"{self.url} sent something else than a chat completion") from error
 
-    def stream(self, messages: str | Sequence[MessageLike], **sampling: Any) -> Iterator[str]:
+    def stream(self, messages: ConversationLike, **sampling: Any) -> Iterator[str]:
         """Answer a conversation piece by piece. Closing the iterator makes the server stop."""
         body = {**self._body(messages, sampling), "stream": True}
         with self._errors(), self._http.stream("POST", "chat/completions", json=body) as response:
@@ -109,15 +113,14 @@ class Client:
             if text := (choice.get("delta") or {}).get("content"):
                 yield text
 
-    def _body(self, messages: str | Sequence[MessageLike], sampling: dict[str, Any]) -> dict[str, Any]:
+    def _body(self, messages: ConversationLike, sampling: dict[str, Any]) -> dict[str, Any]:
         chosen = SamplingOptions.of(**sampling).changes()
         for name in ("logprobs", "prompt_logprobs"):
             if name in chosen:
                 raise BadRequestError(f"{name} is not supported yet by the client", param=name)
         if "logit_bias" in chosen:
             chosen["logit_bias"] = {str(token): bias for token, bias in chosen["logit_bias"]}
-        conversation = [message.as_template_value() for message in as_messages(messages)]
-        return {"model": self.model, "messages": conversation, **chosen}
+        return {"model": self.model, **_conversation(as_conversation(messages)), **chosen}
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with self._errors():
@@ -144,6 +147,33 @@ def _base(url: str) -> str:
         raise BadRequestError(f"{url!r} is no URL", hint=f"an example: {DEFAULT_URL}", param="url")
     base = url.rstrip("/")
     return base if base.endswith("/v1") else f"{base}/v1"
+
+
+def _conversation(chat: Conversation) -> dict[str, Any]:
+    """The fields of a body that say what is to be answered; what is left at its default is not sent."""
+    chat.check()
+    for name, asked in (("thinking", chat.thinking is not None), ("continues", chat.continues)):
+        if asked:
+            raise BadRequestError(f"{name} is not supported yet by the client", param=name)
+    body: dict[str, Any] = {"messages": [message.as_template_value() for message in chat.messages]}
+    if chat.tools:
+        body["tools"] = [_tool(tool) for tool in chat.tools]
+        choice = chat.tool_choice
+        named = {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedTool) else None
+        body["tool_choice"] = named or choice
+        if not chat.parallel_tool_calls:
+            body["parallel_tool_calls"] = False
+    return body
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    described = {} if tool.description is None else {"description": tool.description}
+    function = {"name": tool.name, **described, "parameters": dict(tool.parameters)}
+    return {"type": "function", "function": {**function, "strict": True} if tool.strict else function}
+
+
+def _call(call: dict[str, Any]) -> ToolCall:
+    return ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
 
 
 def _parse(text: str, url: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_what_a_model_can_do(sdk: openai.OpenAI) -> None:
         "logprobs": True,
         "prefix_caching": True,
         "embeddings": False,
-        "tools": False,
+        "tools": True,
     }
 
 
@@ -250,10 +250,6 @@ def test_errors_arrive_typed(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         sdk.chat.completions.create(model="gpt-4", messages=HI)
     assert missing.value.param == "model"
-    with pytest.raises(openai.BadRequestError, match="tools is not supported yet"):
-        sdk.chat.completions.create(
-            model="tiny-v3", messages=HI, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
     with pytest.raises(openai.BadRequestError, match="embeddings are not served"):
         sdk.embeddings.create(model="tiny-v3", input="x")
 

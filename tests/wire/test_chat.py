@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 
 from kvern.errors import BadRequestError, BusyError, KvernError
 from kvern.text.conversation import Conversation
-from kvern.text.messages import Message, ScoredToken, TokenScore
+from kvern.text.messages import Message, NamedTool, ScoredToken, TokenScore, Tool, ToolCall
 from kvern.text.options import SamplingOptions
 from kvern.wire.answers import error_body
 from kvern.wire.chat import NOT_SUPPORTED_YET, ChoiceLogprobs, parse_chat_request
 
 HI = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+DEEP: dict[str, Any] = {}
+for _ in range(70):
+    DEEP = {"a": DEEP}
 
 
 def parse(**changes: Any) -> Any:
@@ -40,8 +47,36 @@ def test_a_full_request_is_translated() -> None:
     assert request.to_options() == SamplingOptions(5, 0.0, 0.5, 3, ("x", "y"))
 
 
+def test_tools_are_translated() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    request = parse(
+        messages=[
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": [{**CALL, "index": 0}], "reasoning": "hm"},
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "7"}]},
+        ],
+        tools=[TOOL, {"type": "function", "function": {"name": "g", "description": "d", "parameters": schema}}],
+        tool_choice={"type": "function", "function": {"name": "g"}},
+        parallel_tool_calls=False,
+    )
+    assert request.to_conversation() == Conversation(
+        (
+            Message("user", "x"),
+            Message("assistant", None, tool_calls=(ToolCall("c1", "f", "{}"),), reasoning_content="hm"),
+            Message("tool", "7", tool_call_id="c1"),
+        ),
+        (Tool("f", None, {}), Tool("g", "d", schema)),
+        NamedTool("g"),
+        False,
+    )
+    for choice in ("none", "auto", "required"):
+        assert parse(tools=[TOOL], tool_choice=choice).to_conversation().tool_choice == choice
+
+
 def test_null_equals_absent_everywhere() -> None:
-    nulls = dict.fromkeys([*NOT_SUPPORTED_YET, "stop", "temperature", "max_tokens", "stream", "stream_options"])
+    nulls = dict.fromkeys(
+        [*NOT_SUPPORTED_YET, "tools", "tool_choice", "stop", "temperature", "max_tokens", "stream", "stream_options"]
+    )
     assert parse(**nulls) == parse()
 
 
@@ -103,7 +138,9 @@ BAD = [
     ({"messages": ["hi"]}, "messages.0"),
     ({"messages": None}, "messages"),
     (message(role="robot"), "messages.1.role"),
-    (message(role="tool"), "messages.1.role"),
+    (message(role="tool"), "messages.1.tool_call_id"),
+    (message(role="function"), "messages.1.role"),
+    (message(tool_call_id="c"), "messages.1.tool_call_id"),
     (message(content=None), "messages.1.content"),
     (message(content=7), "messages.1.content"),
     (message(content=[]), "messages.1.content"),
@@ -111,7 +148,15 @@ BAD = [
     (message(content=[{"type": "text", "text": 1}]), "messages.1.content.0.text"),
     (message(content="a\ud800"), "messages.1.content"),
     (message(contents="x"), "messages.1.contents"),
-    (message(tool_calls=[{}]), "messages.1.tool_calls"),
+    (message(tool_calls=[{}]), "messages.1.tool_calls.0.id"),
+    (message(tool_calls=[CALL]), "messages.1.tool_calls"),
+    (message(role="assistant", tool_calls=[{**CALL, "type": "custom"}]), "messages.1.tool_calls.0.type"),
+    (
+        message(role="assistant", tool_calls=[{**CALL, "function": {"name": "f"}}]),
+        "messages.1.tool_calls.0.function.arguments",
+    ),
+    (message(role="assistant", content=None, tool_calls=[]), "messages.1.content"),
+    (message(role="tool", tool_call_id="c", content=None), "messages.1.content"),
     (message(name="\n"), "messages.1.name"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
@@ -163,7 +208,20 @@ BAD = [
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"cache_salt": "mine"}, "cache_salt"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": {}}, "tools"),
+    ({"tools": ["f"]}, "tools.0"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"tools": [TOOL, {"type": "web_search"}]}, "tools.1.type"),
+    ({"tools": [{**TOOL, "function": {}}]}, "tools.0.function.name"),
+    ({"tools": [{**TOOL, "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "parameters": []}}]}, "tools.0.function.parameters"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"a": "\ud800"}}}]}, "tools.0.function.parameters"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "parameters": DEEP}}]}, "tools.0.function.parameters"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "schema": {}}}]}, "tools.0.function.schema"),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+    ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"temprature": 0}, "temprature"),
     ({"list": 0}, "list"),

@@ -7,7 +7,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from kvern.errors import KvernError
-from kvern.text.events import Content, Piece
+from kvern.text.events import CallArguments, CallEnd, CallStart, Content, Piece, Reasoning
 from kvern.text.messages import FinishReason, ScoredToken
 from kvern.wire.answers import Usage
 from kvern.wire.stream import ChatStream, CompletionStream, Head, error_event
@@ -50,6 +50,7 @@ def test_the_shape_of_a_stream(include_usage: bool) -> None:
             "completion_tokens": 4,
             "total_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
             "prompt_cache_hit_tokens": 2,
             "prompt_cache_miss_tokens": 1,
         }
@@ -61,12 +62,48 @@ def test_the_shape_of_a_stream(include_usage: bool) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in events] == [None, None, "stop"]
 
 
+def deltas(events: bytes) -> list[Any]:
+    chunks = read(events)
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk, strict=True)
+    return [chunk["choices"][0]["delta"] for chunk in chunks]
+
+
+def test_calls_have_openais_shape() -> None:
+    events = (
+        *(Content("x"), CallStart(0, "id0", "f"), CallArguments(0, '{"a"'), CallArguments(0, ":1}"), CallEnd(0)),
+        *(CallStart(1, "id1", "g"), CallEnd(1)),
+    )
+    stream = ChatStream(HEAD, False, logprobs=False)
+    assert deltas(stream.start(0) + stream.piece(0, Piece("", (), "tool_calls", events=events))) == [
+        {"role": "assistant", "content": ""},
+        {"content": "x"},
+        {"tool_calls": [{"index": 0, "id": "id0", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ":1}"}}]},
+        {"tool_calls": [{"index": 1, "id": "id1", "type": "function", "function": {"name": "g", "arguments": ""}}]},
+        {},
+    ]
+
+
+def test_reasoning_has_deepseeks_shape_and_both_names() -> None:
+    stream = ChatStream(HEAD, False, logprobs=False, thinks=True)
+    assert deltas(stream.start(0) + stream.piece(0, Piece("", events=(Reasoning("hm"), Content("4"))))) == [
+        {"role": "assistant", "content": None, "reasoning_content": ""},
+        {"content": None, "reasoning_content": "hm", "reasoning": "hm"},
+        {"content": "4", "reasoning_content": None},
+    ]
+
+
 def test_scores_travel_with_their_text() -> None:
     scores = (ScoredToken("a", b"a", -1.0, (), 0),)
     events = read(ChatStream(HEAD, False, logprobs=True).piece(1, piece("a", scores, "length")))
     assert [chunk["choices"][0]["index"] for chunk in events] == [1, 1]
     assert events[0]["choices"][0]["logprobs"]["content"][0]["token"] == "a"
     ChatCompletionChunk.model_validate(events[0], strict=True)
+    silent = read(ChatStream(HEAD, False, logprobs=True).piece(0, Piece("a", (1,), None, scores)))
+    assert silent[0]["choices"][0]["delta"] == {"content": ""}
+    assert silent[0]["choices"][0]["logprobs"]["content"][0]["token"] == "a"
 
 
 def test_an_echo_comes_first() -> None:

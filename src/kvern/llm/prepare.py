@@ -65,6 +65,10 @@ class TextSide:
             raise BadRequestError(f"{self.name} has no chat template", hint="use generate, or an instruct model")
         if chat.continues:
             raise BadRequestError("continuing an assistant's message is not supported yet", param="continues")
+        for index, tool in enumerate(chat.tools):
+            if tool.strict:
+                says = "strict tools are not supported yet: arguments may differ from the schema"
+                raise BadRequestError(says, param=f"tools.{index}.function.strict")
         ids, parsing = self.template.prompt(chat)
         return replace(self.prepare(ids, options, param="messages"), parsing=parsing)
 

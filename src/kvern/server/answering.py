@@ -50,6 +50,7 @@ class Pieces:
         self._streams: list[TextStream | None] = [TextStream(llm.tokenizer, request) for request in requests]
         self._tokens = 0
         self._cached = 0
+        self._reasoning = 0
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """What each wake-up brings, for as long as anything runs. Raises what ended the answer early."""
@@ -64,10 +65,11 @@ class Pieces:
     def usage(self) -> Usage:
         """Each prompt is counted once, whatever `n`; its cached tokens are those of its first choice."""
         prompts = sum(len(request.prompt) for request in self._requests[:: self._n])
-        return Usage.of(prompts, self._tokens, self._cached)
+        return Usage.of(prompts, self._tokens, self._cached, self._reasoning)
 
     def _count(self, index: int, piece: Piece) -> Piece:
         self._tokens += len(piece.token_ids)
+        self._reasoning += piece.reasoning_tokens
         if index % self._n == 0:
             self._cached += piece.cached_tokens
         if piece.finish_reason is not None:
@@ -135,7 +137,7 @@ def chat_body(head: Head, answers: Sequence[Completion], usage: Usage, logprobs:
     choices = [
         chat.Choice(
             index=index,
-            message=chat.AnswerMessage(content=answer.content),
+            message=chat.AnswerMessage.of(answer),
             logprobs=chat.ChoiceLogprobs.of(answer.scores) if logprobs else None,
             finish_reason=answer.finish_reason,
         )

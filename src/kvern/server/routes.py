@@ -106,7 +106,7 @@ async def chat_completions(request: Request) -> Response:
     answer, top = _submit(request, body, requests), head(llm, "chatcmpl", body.model)
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     if body.stream:
-        stream = ChatStream(top, body.include_usage, body.logprobs)
+        stream = ChatStream(top, body.include_usage, body.logprobs, prepared.parsing.thinks == "inside")
         return EventStream(events(pieces, stream, len(requests)), answer.close)
 
     async def respond() -> Response:
@@ -208,6 +208,7 @@ def _model(request: Request) -> wire.Model:
         capabilities=wire.Capabilities(
             chat=llm.template is not None,
             fill_in_the_middle=llm.fim is not None,
+            tools=llm.template is not None,
             prefix_caching=_settings(request).prefix_caching,
         ),
     )

@@ -16,6 +16,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """OpenAI's place for the tokens that the model thought in; they count as completion tokens."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of a request. The last two are DeepSeek's names; together they are prompt_tokens."""
 
@@ -23,17 +29,19 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     prompt_cache_hit_tokens: int
     prompt_cache_miss_tokens: int
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-        """Build from the three counts."""
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0) -> Usage:
+        """Build from the counts."""
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
             prompt_cache_hit_tokens=cached_tokens,
             prompt_cache_miss_tokens=prompt_tokens - cached_tokens,
         )
@@ -48,7 +56,7 @@ class Capabilities(BaseModel):
     logprobs: bool = True
     prefix_caching: bool
     embeddings: bool = False
-    tools: bool = False
+    tools: bool
 
 
 class Model(BaseModel):

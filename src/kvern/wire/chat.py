@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    Tag,
+    model_serializer,
+)
 
 from kvern.errors import BadRequestError
 from kvern.text.conversation import Conversation
-from kvern.text.messages import FinishReason, Message, Role, ScoredToken, TokenScore
+from kvern.text.messages import (
+    Completion,
+    FinishReason,
+    Message,
+    NamedTool,
+    Role,
+    ScoredToken,
+    TokenScore,
+    Tool,
+    ToolCall,
+)
 from kvern.text.options import SamplingOptions
 from kvern.wire.answers import Usage
-from kvern.wire.fields import LIST, STRING, Logprobs, Name, SamplingFields, StreamOptions, Strict, Text, string_or_list
+from kvern.wire.fields import (
+    LIST,
+    OBJECT,
+    STRING,
+    JSONObject,
+    Logprobs,
+    Name,
+    SamplingFields,
+    StreamOptions,
+    Strict,
+    Text,
+    string_or_list,
+    string_or_object,
+)
 from kvern.wire.reading import Inert, drop_inert, parse_object, validate
 
 LEAST_LOGPROB = -9999.0
@@ -23,7 +54,6 @@ NOT_SUPPORTED_YET: Inert = {
     "functions": ([],),
     "metadata": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_cache_key": (),
     "reasoning_effort": (),
@@ -31,8 +61,6 @@ NOT_SUPPORTED_YET: Inert = {
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -43,9 +71,8 @@ MESSAGE_NOT_SUPPORTED_YET: Inert = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
+MAX_TOOLS = 1024
 
 
 class TextPart(Strict):
@@ -61,25 +88,97 @@ TextOrParts = Annotated[
 ]
 
 
-class RequestMessage(Strict):
-    """One turn. The role `developer` is OpenAI's newer word for `system`."""
+class FunctionCall(Strict):
+    """What is called. `arguments` is JSON text as the model wrote it, so it may be broken."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: TextOrParts
+    name: Name
+    arguments: Text
+
+
+class RequestToolCall(Strict):
+    """A call that an assistant's turn holds. `index` is what streams carry, for clients that send it back."""
+
+    id: Name
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class RequestMessage(Strict):
+    """One turn. The role `developer` is OpenAI's newer word for `system`.
+
+    An assistant's turn may consist of tool_calls alone; one of the role `tool` answers the call tool_call_id.
+    `reasoning` is another name of reasoning_content.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: TextOrParts | None = None
     name: Name | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    tool_calls: list[RequestToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: Name | None = None
 
     def to_message(self) -> Message:
         """Translate into the message that templates read."""
         role: Role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message(role, text, name=self.name, reasoning_content=self.reasoning_content)
+        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        return Message(role, self._text(), self.name, calls, self.tool_call_id, reasoning)
+
+    def _text(self) -> str | None:
+        if self.content is None or isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class FunctionDefinition(Strict):
+    """A function that the model may call. `parameters` is a JSON schema; without it, the function takes none."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: Text | None = None
+    parameters: JSONObject | None = None
+    strict: bool | None = Field(default=None, json_schema_extra={"enum": [False, None]})
+
+
+class ToolDefinition(Strict):
+    """One of the tools."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def to_tool(self) -> Tool:
+        """Translate into what templates read."""
+        asked = self.function
+        return Tool(asked.name, asked.description, asked.parameters or {}, bool(asked.strict))
+
+
+class FunctionName(Strict):
+    """Which function."""
+
+    name: Name
+
+
+class NamedToolChoice(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoiceField = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag(STRING)] | Annotated[NamedToolChoice, Tag(OBJECT)],
+    Discriminator(string_or_object),
+]
 
 
 class ChatCompletionRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[RequestMessage] = Field(min_length=1, fail_fast=True)
+    tools: list[ToolDefinition] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: ToolChoiceField | None = Field(default=None, description="Default: auto.")
+    parallel_tool_calls: bool = Field(default=True, description="false: the answer ends after one call.")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: up to the end of the context.")
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool = False
@@ -87,7 +186,13 @@ class ChatCompletionRequest(SamplingFields):
 
     def to_conversation(self) -> Conversation:
         """What is to be answered, as the request path reads it."""
-        return Conversation(tuple(message.to_message() for message in self.messages))
+        choice = self.tool_choice or "auto"
+        return Conversation(
+            tuple(message.to_message() for message in self.messages),
+            tuple(tool.to_tool() for tool in self.tools),
+            choice if isinstance(choice, str) else NamedTool(choice.function.name),
+            self.parallel_tool_calls,
+        )
 
     def to_options(self) -> SamplingOptions:
         """The sampling options, as the request path reads them."""
@@ -127,12 +232,47 @@ class ChoiceLogprobs(BaseModel):
         )
 
 
+class AnswerFunction(BaseModel):
+    """What is to be called, with JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(BaseModel):
+    """A call that the model asks for."""
+
+    index: int
+    id: str
+    type: Literal["function"] = "function"
+    function: AnswerFunction
+
+
 class AnswerMessage(BaseModel):
-    """The assistant's turn."""
+    """The assistant's turn. What it has not is left out; `reasoning` repeats reasoning_content for vLLM's clients."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[AnswerToolCall] | None = None
+
+    @classmethod
+    def of(cls, answer: Completion) -> AnswerMessage:
+        """Build from a finished answer; content is null where there are calls and no text."""
+        calls = [
+            AnswerToolCall(index=index, id=call.id, function=AnswerFunction(name=call.name, arguments=call.arguments))
+            for index, call in enumerate(answer.tool_calls)
+        ]
+        thought = answer.reasoning or None
+        content = answer.content or (None if calls else "")
+        return cls(content=content, reasoning_content=thought, reasoning=thought, tool_calls=calls or None)
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("reasoning_content", "reasoning", "tool_calls")
+        return {name: value for name, value in serialize(self).items() if value is not None or name not in optional}
 
 
 class Choice(BaseModel):
@@ -162,7 +302,17 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     messages = fields.get("messages")
     if isinstance(messages, list):
         fields["messages"] = [_parse_message(index, message) for index, message in enumerate(messages)]
-    request = validate(ChatCompletionRequest, fields, {"messages": RequestMessage, "stream_options": StreamOptions})
+    tools = fields.get("tools")
+    if isinstance(tools, list):
+        fields["tools"] = [_parse_tool(index, tool) for index, tool in enumerate(tools)]
+    parts: dict[str, type[BaseModel]] = {
+        "messages": RequestMessage,
+        "stream_options": StreamOptions,
+        "tools": ToolDefinition,
+    }
+    request = validate(ChatCompletionRequest, fields, parts)
+    for index, message in enumerate(request.messages):
+        _check_message(f"messages.{index}", message)
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise BadRequestError("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:
@@ -174,9 +324,28 @@ def _parse_message(index: int, message: Any) -> Any:
     where = f"messages.{index}"
     if not isinstance(message, dict):
         return message
-    if message.get("role") in ("tool", "function"):
-        raise BadRequestError(f"messages of role {message['role']!r} are not supported yet", param=f"{where}.role")
+    if message.get("role") == "function":
+        hint = "use tool_calls and the role tool"
+        raise BadRequestError("messages of role 'function' are not supported", hint=hint, param=f"{where}.role")
     return drop_inert(message, MESSAGE_NOT_SUPPORTED_YET, f"{where}.")
+
+
+def _parse_tool(index: int, tool: Any) -> Any:
+    if isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function":
+        says = f"tools of type {tool['type']!r} are not supported"
+        raise BadRequestError(says, hint="only functions are", param=f"tools.{index}.type")
+    return tool
+
+
+def _check_message(where: str, message: RequestMessage) -> None:
+    """What depends on the role."""
+    if message.tool_calls and message.role != "assistant":
+        raise BadRequestError("only an assistant's message has tool_calls", param=f"{where}.tool_calls")
+    if (message.tool_call_id is not None) != (message.role == "tool"):
+        says = "is missing" if message.role == "tool" else "belongs to messages of role 'tool'"
+        raise BadRequestError(f"tool_call_id {says}", param=f"{where}.tool_call_id")
+    if message.content is None and not message.tool_calls:
+        raise BadRequestError(f"{where}.content is missing", param=f"{where}.content")
 
 
 def _score(score: TokenScore) -> dict[str, Any]:

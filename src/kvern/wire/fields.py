@@ -18,8 +18,8 @@ from kvern.text.options import (
     SamplingOptions,
 )
 
-TAGS = ("(string)", "(list)", "(strings)", "(ids)", "(id lists)")
-STRING, LIST, STRINGS, IDS, ID_LISTS = TAGS
+TAGS = ("(string)", "(list)", "(strings)", "(ids)", "(id lists)", "(object)")
+STRING, LIST, STRINGS, IDS, ID_LISTS, OBJECT = TAGS
 """The forms of fields that have several; they appear in the paths of pydantic's errors."""
 
 MAX_CHOICES = 128
@@ -67,6 +67,11 @@ RECOMMENDED = "Default: what the checkpoint recommends, else no restriction."
 def string_or_list(value: Any) -> str:
     """The tag of a union of text and list."""
     return LIST if isinstance(value, list) else STRING
+
+
+def string_or_object(value: Any) -> str:
+    """The tag of a union of text and object."""
+    return STRING if isinstance(value, str) else OBJECT
 
 
 StopOrStops = Annotated[

@@ -1,6 +1,7 @@
 """OpenAI's streams, as server-sent events.
 
-    chat: a role chunk a choice, text chunks, a finish chunk a choice, (usage chunk, when asked for), [DONE]
+    chat: a role chunk a choice, chunks of reasoning, text and calls, a finish chunk a choice, (usage chunk, when asked
+        for), [DONE]
     completions: the same without role chunks
 
 With `include_usage` every earlier chunk carries `"usage": null`, as OpenAI's do. An error in the middle becomes an
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvern.errors import KvernError
-from kvern.text.events import Content, Piece
+from kvern.text.events import CallArguments, CallStart, Content, Event, Piece, Reasoning
 from kvern.text.messages import FinishReason
 from kvern.wire.answers import Usage, error_body
 from kvern.wire.chat import ChoiceLogprobs
@@ -60,26 +61,47 @@ class OpenAIStream:
 
 @dataclass(frozen=True)
 class ChatStream(OpenAIStream):
-    """Builds the events of one chat answer."""
+    """Builds the events of one chat answer. `thinks`: it begins with reasoning, as DeepSeek's streams show it."""
 
     head: Head
     include_usage: bool
     logprobs: bool
+    thinks: bool = False
 
     def start(self, index: int) -> bytes:
         """The first event of a choice, which names the role."""
-        return self._choice(index, {"role": "assistant", "content": ""}, None, None)
+        empty = {"content": None, "reasoning_content": ""} if self.thinks else {"content": ""}
+        return self._choice(index, {"role": "assistant", **empty}, None, None)
 
     def piece(self, index: int, piece: Piece) -> bytes:
-        """The events of a piece: its text, and the end where it has one; nothing for an empty piece."""
-        text = "".join(event.text for event in piece.events if isinstance(event, Content))
+        """The events of a piece, and the end where it has one; nothing for an empty piece.
+
+        Log-probabilities leave with the first of them: they belong to the text that the model wrote, markup included.
+        """
+        deltas = [delta for event in piece.events if (delta := self._delta(event))]
         logprobs = ChoiceLogprobs.of(piece.scores).model_dump() if self.logprobs and piece.scores else None
-        events = self._choice(index, {"content": text}, logprobs, None) if text or logprobs else b""
-        return events if piece.finish_reason is None else events + self._choice(index, {}, None, piece.finish_reason)
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        events = [self._choice(index, delta, None if at else logprobs, None) for at, delta in enumerate(deltas)]
+        if piece.finish_reason is not None:
+            events.append(self._choice(index, {}, None, piece.finish_reason))
+        return b"".join(events)
 
     def finish(self, usage: Usage) -> bytes:
         """The last events, [DONE] included."""
         return (self._chunk([], usage.model_dump()) if self.include_usage else b"") + DONE
+
+    def _delta(self, event: Event) -> dict[str, Any]:
+        if isinstance(event, Content):
+            return {"content": event.text, "reasoning_content": None} if self.thinks else {"content": event.text}
+        if isinstance(event, Reasoning):
+            return {"content": None, "reasoning_content": event.text, "reasoning": event.text}
+        if isinstance(event, CallStart):
+            function = {"name": event.name, "arguments": ""}
+            return {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
+        if isinstance(event, CallArguments):
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        return {}
 
     def _choice(
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: FinishReason | None
