@@ -1,6 +1,7 @@
 """Packs checkpoints in forked processes, to be run by test_packed.py: killed at a point each, or all at once.
 
-    kill POINT=FOLDER ..    POINT: a number of parts written, or "fsync" (before it), "synced", "renamed"
+    kill POINT=FOLDER ..    POINT: a number of parts written, or "hashed" (the second section), "fsync" (before it),
+                            "synced", "renamed"
     race FOLDER COUNT       each child ends with 1 if it wrote the file, with 0 if it found it
 
 Writes what waitpid says of each child.
@@ -20,6 +21,7 @@ from unittest import mock
 
 from kvern.checkpoint import packed as packed_file
 from kvern.checkpoint.load import load
+from kvern.ops import packed
 
 
 def die(*_: object) -> None:
@@ -40,6 +42,16 @@ def killed_at(point: str, folder: Path) -> int:
         patch = mock.patch.object(os, "fsync", die)
     elif point == "synced":
         patch = mock.patch.object(os, "fsync", after(os.fsync, die))
+    elif point == "hashed":
+        packed_file.SECTION = 4096
+        sections: list[Any] = []
+
+        def hashed(section: Any) -> None:
+            sections.append(section)
+            if len(sections) == 2:
+                die()
+
+        patch = mock.patch.object(packed, "content_hash", after(packed.content_hash, hashed))
     elif point == "renamed":
         patch = mock.patch.object(Path, "replace", after(Path.replace, die))
     else:

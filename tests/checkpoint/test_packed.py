@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +104,7 @@ def test_the_first_use_writes_and_the_second_maps(
 
 def kinds(folder: Path) -> set[packed.Kind]:
     data = bin_of(folder).read_bytes()
-    start, length, _, _ = FOOTER.unpack(data[-FOOTER.size :])
+    start, length, _ = FOOTER.unpack(data[-FOOTER.size :])
     return {packed.Kind(entry["kind"]) for entry in json.loads(data[start : start + length])["weights"].values()}
 
 
@@ -142,7 +144,43 @@ def test_progress_ends_with_the_last_weight(folder: Path) -> None:
     packed_transformer(load(folder), folder, lambda done, total, name: calls.append((done, total, name)))
     assert calls[-1][2] == "lm_head"
     assert all(0 < done <= total for done, total, _ in calls)
+    assert calls[-1][0] == calls[-1][1]
     assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
+
+
+def test_a_weight_is_let_go_before_the_next_is_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    original = packed.pack
+
+    def counted(*args: Any, **options: Any) -> packed.Packed:
+        alive.append(sum(one() is not None for one in made))
+        one = original(*args, **options)
+        assert one.tiles is not None
+        made.append(weakref.ref(one.tiles))
+        return one
+
+    monkeypatch.setattr(packed, "pack", counted)
+    pack(folder)
+    assert len(alive) > 20
+    assert set(alive) == {0}
+
+
+@pytest.mark.parametrize("section", [mmap.PAGESIZE, 16 * mmap.PAGESIZE])
+def test_the_hashes_made_on_the_way_are_those_of_the_file(
+    folder: Path, section: int, made: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_file, "SECTION", section)
+    first = logits(pack(folder))
+    data = bin_of(folder).read_bytes()
+    start, length, _ = FOOTER.unpack(data[-FOOTER.size :])
+    hashes = json.loads(data[start : start + length])["hashes"]
+    expected = [data[at : min(at + section, start)] for at in range(0, start, section)]
+    assert len(expected) > 1
+    assert hashes == [packed.content_hash(torch.frombuffer(bytearray(one), dtype=torch.uint8)) for one in expected]
+    made.clear()
+    assert torch.equal(first, logits(pack(folder)))
+    assert not made
 
 
 def test_mtp_layers_have_a_file_of_their_own(copied: Callable[[Path], Path], tiny_bf16: Path) -> None:
@@ -245,7 +283,7 @@ def test_a_flipped_bit_in_each_byte_of_magic_footer_and_both_ends_of_the_index_i
     whole: tuple[Path, bytes],
 ) -> None:
     folder, data = whole
-    start, length, _, _ = FOOTER.unpack(data[-FOOTER.size :])
+    start, length, _ = FOOTER.unpack(data[-FOOTER.size :])
     ends = len(data) - FOOTER.size
     for where in (*range(len(MAGIC)), len(MAGIC), start - 1, start, start + length - 1, *range(ends, len(data))):
         damaged = bytearray(data)
@@ -276,11 +314,11 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], *, mtp: bool =
     """Rewrite the index of a packed file, hashes and all."""
     path = bin_of(folder) if not mtp else folder / f"packed-{packed.order()}-mtp.kvern"
     data = path.read_bytes()
-    start, length, _, checksum = FOOTER.unpack(data[-FOOTER.size :])
+    start, length, _ = FOOTER.unpack(data[-FOOTER.size :])
     index = json.loads(data[start : start + length])
     change(index["weights"])
     text = json.dumps(index).encode()
-    path.write_bytes(data[:start] + text + FOOTER.pack(start, len(text), packed_file._hash(text), checksum))
+    path.write_bytes(data[:start] + text + FOOTER.pack(start, len(text), packed_file._hash(text)))
 
 
 @pytest.mark.parametrize(
@@ -403,7 +441,7 @@ def run_script(*arguments: str) -> list[int]:
 
 
 def test_a_killed_writer_leaves_no_file_or_a_whole_one(folder: Path, tmp_path: Path) -> None:
-    points = ["0", "1", "7", "20", "fsync", "synced", "renamed"]
+    points = ["0", "1", "7", "20", "hashed", "fsync", "synced", "renamed"]
     copies = [Path(shutil.copytree(folder, tmp_path / f"killed-{point}")) for point in points]
     ends = run_script("kill", *(f"{point}={copy}" for point, copy in zip(points, copies, strict=True)))
     assert ends == [signal.SIGKILL] * len(points)

@@ -12,7 +12,7 @@ import torch
 
 from kvern.engine.dtype import Choice
 from kvern.errors import ConfigError
-from kvern.llm import opening
+from kvern.llm import LLM, offline, opening
 from kvern.llm.opening import open_model
 from kvern.model import ForwardBatch, PackedTransformer, Transformer
 from kvern.ops import packed
@@ -101,3 +101,28 @@ def test_an_unknown_dtype_is_refused(pack: bool, folder: Path) -> None:
     with pytest.raises(ConfigError, match="one of auto, bf16, f32, not 'fp16'"):
         open_model(folder, "fp16", pack=pack)  # type: ignore[arg-type]
     assert not list(folder.glob("packed-*"))
+
+
+@needs_kernels
+def test_packing_for_the_first_time_shows_progress(folder: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    LLM(folder, progress=lambda *call: calls.append(call))
+    assert calls[0][2] == "packing model.layers.0.self_attn.q_proj"
+    assert calls[-1][0] == calls[-1][1]
+    calls.clear()
+    LLM(folder, progress=lambda *call: calls.append(call))
+    assert not calls
+
+
+@needs_kernels
+def test_progress_goes_to_stderr_where_it_takes_long(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "PATIENCE", 0.0)
+    LLM(folder)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("packing lm_head: ")
+    assert err.endswith("(100 %)\n")
+    LLM(folder)
+    assert capsys.readouterr() == ("", "")

@@ -1,16 +1,17 @@
 """Keeps packed weights in a file beside the checkpoint, so that a model starts from a mapping instead of a conversion.
 
-    8 bytes magic | tensors, each at a multiple of 64 | index (JSON) | offset, length and hash of the index, hash of the
-    tensors, 8 bytes each
+    8 bytes magic | tensors, each at a multiple of 64 | index (JSON) | offset, length, hash of the index, 8 bytes each
+
+The index holds a hash of every 64 MiB of what comes before it; all are checked before anything is computed, which also
+brings the file into memory, in order, and takes no longer than that.
 
 The file belongs to one arrangement of tiles (the CPU's, see `ops.packed.order`), one version of the format and one
 state of the checkpoint (names, sizes and times of its files): where any of these differs, or the hashes do, it is
-written anew. It is written as `NAME.part`, held by one process at a time, and renamed when complete: a reader sees all
-of it or none, whoever comes second waits and finds it, and what a killed writer left is written over. Where the folder
-cannot be written to, the packed weights stay in memory.
+written anew. It is written as `NAME.part`, one weight after the other, held by one process at a time, and renamed when
+complete: a reader sees all of it or none, whoever comes second waits and finds it, and what a killed writer left is
+written over. Where the folder cannot be written to, the packed weights stay in memory.
 
-What it gives up: disk space of the size of the checkpoint, and memory of that size while it is written. Without it the
-checkpoint still runs (model.Transformer).
+What it gives up: disk space of the size of the checkpoint. Without it the checkpoint still runs (model.Transformer).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,9 +39,12 @@ from kvern.model.packed import PackedNow, PackedTransformer, PackedWeights
 from kvern.ops import packed
 
 MAGIC = b"KVPACK01"
-VERSION = 2
+VERSION = 3
 ALIGNMENT = 64
-FOOTER = struct.Struct("<QQQQ")
+SECTION = 1 << 26
+"""Bytes under one hash, a multiple of a page."""
+
+FOOTER = struct.Struct("<QQQ")
 PARTS = ("tiles", "scales", "picks", "factors")
 
 
@@ -80,31 +85,64 @@ class PackedFile:
 
 
 class _Writer:
-    """Stands in for the stored weights while a model is packed for the first time: packs and writes each."""
+    """Stands in for the stored weights while a model is packed for the first time: packs and writes each, keeps none.
+
+    The model that is built of what it returns has the shapes to be checked, and must not compute.
+    """
 
     def __init__(self, stream: BinaryIO, total: int, progress: Progress | None) -> None:
         self.stream, self.total, self.progress = stream, total, progress
         self.index: dict[str, Any] = {}
+        self.hashes: list[int] = []
 
     def get(self, name: str, make: Callable[[], packed.Packed]) -> packed.Packed:
-        """Pack and write."""
-        if name not in self.index:
-            one = make()
-            entry: dict[str, Any] = {"kind": int(one.kind), "n": one.n, "k": one.k, "group": one.group}
-            for part in PARTS:
-                if (tensor := getattr(one, part)) is not None:
-                    entry[part] = self._put(tensor)
-            self.index[name] = entry
-            if self.progress is not None:
-                self.progress(min(self.stream.tell(), self.total), self.total, name)
-            return one
-        return make()
+        """Pack, write, and return the weight without its numbers."""
+        one = make()
+        entry: dict[str, Any] = {"kind": int(one.kind), "n": one.n, "k": one.k, "group": one.group}
+        for part in PARTS:
+            if (tensor := getattr(one, part)) is not None:
+                entry[part] = self._put(tensor)
+        self.index[name] = entry
+        self._report(min(self.stream.tell(), self.total), name)
+        return _hollow(one)
+
+    def finish(self) -> int:
+        """Complete the hashes and return where the tensors end."""
+        self._align()
+        self._hash(1)
+        self._report(self.total, next(reversed(self.index)))
+        return self.stream.tell()
 
     def _put(self, tensor: Tensor) -> tuple[int, int]:
-        self.stream.write(bytes(-self.stream.tell() % ALIGNMENT))
+        self._align()
         start = self.stream.tell()
         self.stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        self._hash(SECTION)
         return start, self.stream.tell() - start
+
+    def _align(self) -> None:
+        self.stream.write(bytes(-self.stream.tell() % ALIGNMENT))
+
+    def _hash(self, least: int) -> None:
+        """Hash what was written since the last section, where that is at least so much, while it is in memory."""
+        end = self.stream.tell()
+        while end - (start := len(self.hashes) * SECTION) >= least:
+            self.stream.flush()
+            section = _map(self.stream.fileno(), min(SECTION, end - start), start)
+            self.hashes.append(packed.content_hash(section))
+
+    def _report(self, done: int, name: str) -> None:
+        if self.progress is not None:
+            self.progress(done, self.total, name)
+
+
+NOTHING = torch.zeros(1, dtype=torch.uint8)
+
+
+def _hollow(one: packed.Packed) -> packed.Packed:
+    """The weight with one byte in the place of its tiles and scales; its picks, which are checked, stay."""
+    tiles, scales = (None if part is None else NOTHING for part in (one.tiles, one.scales))
+    return replace(one, tiles=tiles, scales=scales)
 
 
 def _written(path: Path, source: str, model: Transformer, progress: Progress | None) -> PackedWeights | None:
@@ -148,12 +186,10 @@ def _write(stream: BinaryIO, source: str, model: Transformer, progress: Progress
     stream.write(MAGIC)
     writer = _Writer(stream, _bytes(model), progress)
     PackedTransformer(model, writer)
-    stream.write(bytes(-stream.tell() % ALIGNMENT))
-    end = stream.tell()
-    stream.flush()
-    checksum = packed.content_hash(_map(stream.fileno(), end))
-    index = json.dumps({"version": VERSION, "source": source, "weights": writer.index}).encode()
-    stream.write(index + FOOTER.pack(end, len(index), _hash(index), checksum))
+    end = writer.finish()
+    about = {"version": VERSION, "source": source, "hashes": writer.hashes, "weights": writer.index}
+    index = json.dumps(about).encode()
+    stream.write(index + FOOTER.pack(end, len(index), _hash(index)))
     stream.flush()
     os.fsync(stream.fileno())
 
@@ -168,7 +204,7 @@ def _open(path: Path, source: str) -> PackedWeights | None:
             data = _map(stream.fileno(), size)
     except OSError:
         return None
-    start, length, index_hash, data_hash = FOOTER.unpack(bytes(data[-FOOTER.size :].numpy()))
+    start, length, index_hash = FOOTER.unpack(bytes(data[-FOOTER.size :].numpy()))
     if bytes(data[: len(MAGIC)].numpy()) != MAGIC or start + length + FOOTER.size != size:
         return None
     text = bytes(data[start : start + length].numpy())
@@ -177,15 +213,16 @@ def _open(path: Path, source: str) -> PackedWeights | None:
     index = json.loads(text)
     if (index.get("version"), index.get("source")) != (VERSION, source):
         return None
-    if packed.content_hash(data[:start]) != data_hash:
+    sections = (data[at : min(at + SECTION, start)] for at in range(0, start, SECTION))
+    if [packed.content_hash(section) for section in sections] != index["hashes"]:
         return None
     return PackedFile(path, data, index["weights"])
 
 
-def _map(descriptor: int, size: int) -> Tensor:
-    """The first `size` bytes of a file, mapped; writes would stay private."""
+def _map(descriptor: int, size: int, start: int = 0) -> Tensor:
+    """So many bytes of a file, mapped; writes would stay private. `start` is a multiple of a page."""
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-    mapping = mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    mapping = mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 

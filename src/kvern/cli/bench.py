@@ -166,7 +166,7 @@ def _engine(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> Model:
     import torch
 
-    from kvern.cli.progress import progress_bar
+    from kvern.checkpoint.progress import progress_bar
     from kvern.llm import resolve
     from kvern.llm.opening import open_model
     from kvern.ops import library

@@ -66,7 +66,7 @@ def _speaker(args: argparse.Namespace) -> Speaker:
         return Client(target, model=args.model, api_key=os.environ.get(KEY_VARIABLE))
     if args.model:
         raise BadRequestError("--model goes with a URL", hint=f"kvern chat {args.model}")
-    from kvern.cli.progress import progress_bar
+    from kvern.checkpoint.progress import progress_bar
     from kvern.llm import LLM, resolve
 
     with progress_bar() as progress:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvern.cli.progress import progress_bar, readable_bytes
+from kvern.checkpoint.progress import progress_bar, readable_bytes
 from kvern.errors import NotFoundError
 
 if TYPE_CHECKING:

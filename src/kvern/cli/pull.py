@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kvern.cli.progress import progress_bar, readable_bytes
+from kvern.checkpoint.progress import progress_bar, readable_bytes
 from kvern.errors import ConfigError
 
 HELP = "download a known model and verify it"

@@ -104,7 +104,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _model_folder(model: str) -> Path:
-    from kvern.cli.progress import progress_bar
+    from kvern.checkpoint.progress import progress_bar
     from kvern.llm import resolve
 
     with progress_bar() as progress:

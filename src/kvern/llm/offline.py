@@ -15,6 +15,7 @@ from typing import Any, overload
 import torch
 
 from kvern.checkpoint.local import ensure_imported
+from kvern.checkpoint.progress import progress_bar
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig
@@ -30,6 +31,9 @@ from kvern.text.events import CallArguments, CallStart, Content, Event, Piece, R
 from kvern.text.messages import Completion, ToolCall
 from kvern.text.options import SamplingOptions
 
+PATIENCE = 1.0
+"""Seconds of silent work before progress is shown."""
+
 
 class LLM(TextSide):
     """A model in memory. `model` is a checkpoint folder or the name of a model that was pulled.
@@ -37,7 +41,8 @@ class LLM(TextSide):
     Parameters: dtype, "auto" (as stored; chosen for this machine), "bf16" or "f32"; max_context, prompt and answer
     together in tokens; threads, default all cores this process may use; settings, the engine's (its max_context
     gives way to the argument); engine, one to use instead of loading the weights (the text files still come from
-    `model`). Raises KvernError with a hint.
+    `model`); progress(done, total, what), called with bytes while the model is imported or packed for the first time,
+    default a bar on stderr when that takes more than a second. Raises KvernError with a hint.
     """
 
     def __init__(
@@ -49,16 +54,21 @@ class LLM(TextSide):
         threads: int | None = None,
         settings: EngineSettings | None = None,
         engine: Engine | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        folder = resolve(model)
-        super().__init__(folder, served_name(model))
-        if threads is not None:
-            torch.set_num_threads(threads)
-            library.set_threads(threads)
         chosen = settings or EngineSettings(drafts="auto")
         if max_context is not None:
             chosen = replace(chosen, max_context=max_context)
-        self.engine = engine or Engine(open_model(folder, dtype, mtp=_has_mtp(folder, chosen)), settings=chosen)
+        if threads is not None:
+            torch.set_num_threads(threads)
+            library.set_threads(threads)
+        with progress_bar(after=PATIENCE) as bar:
+            folder = resolve(model, progress or bar)
+            super().__init__(folder, served_name(model))
+            if engine is None:
+                opened = open_model(folder, dtype, mtp=_has_mtp(folder, chosen), progress=progress or bar)
+                engine = Engine(opened, settings=chosen)
+        self.engine = engine
         self.max_context, self.longer_context = self.engine.max_context, self.engine.longer_context
         self.vocab_size = self.engine.vocab_size
         self._driver = _Driver(self.engine)

@@ -12,6 +12,7 @@ autograd, devices other than the CPU, and a second copy of the weights on disk (
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,6 +26,7 @@ from kvern.ops.reference import BLOCK
 
 FP8 = torch.float8_e4m3fn
 HAS_NAN = 3
+LEAST_PAGES = 1 << 18
 COUNTERS = ("project", "attend", "output", "route", "experts", "head", "weight_bytes", "cache_bytes")
 """What a step counts: nanoseconds of each stage; bytes of weights and of cache rows that had to be read."""
 
@@ -256,7 +258,7 @@ def array(weights: Sequence[Packed]) -> ctypes.Array[Weight]:
 
 def _pack(kind: Kind, weight: Tensor, scale: Tensor | None, *, k: int = 0, group: int = 0) -> tuple[Packed, int]:
     n, k = weight.shape[0], k or weight.shape[1]
-    tiles, scales = (torch.empty(size, dtype=torch.uint8) for size in _storage(kind, n, k, group))
+    tiles, scales = (_pages(size) for size in _storage(kind, n, k, group))
     dtype = Kind.INT4 if kind is Kind.INT4 else CODES[weight.dtype]
     stride = 0 if scale is None else scale.stride(0)
     code = loaded().kvern_pack(
@@ -278,6 +280,16 @@ def _pack(kind: Kind, weight: Tensor, scale: Tensor | None, *, k: int = 0, group
 def _storage(kind: Kind, n: int, k: int, group: int) -> tuple[int, int]:
     """Bytes of tiles and scales."""
     return int(loaded().kvern_packed_bytes(kind, n, k)), int(loaded().kvern_scale_bytes(kind, n, k, group))
+
+
+def _pages(size: int) -> Tensor:
+    """Bytes [size] uint8. Many come from the system and go back to it with the tensor.
+
+    On the heap, weights that are packed and let go one after the other leave gaps that the next one does not fit into.
+    """
+    if size < LEAST_PAGES:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def is_selection(weight: Tensor) -> bool:

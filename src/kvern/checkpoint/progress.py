@@ -1,11 +1,11 @@
-"""How long commands show that they work: a bar on a terminal, a plain line every few seconds elsewhere, on stderr."""
+"""How work on a checkpoint is shown: a bar on a terminal, a plain line every few seconds elsewhere, on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,11 +15,27 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """What to call with bytes done, bytes in all, and what is being worked on."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
+def progress_bar(after: float = 0.0) -> Iterator[Progress]:
+    """What to call with bytes done, bytes in all, and what is being worked on.
+
+    Calls in the first `after` seconds show nothing, so that work which is done by then stays silent.
+    """
+    with ExitStack() as stack:
+        begin = time.monotonic() + after
+        shown: list[Progress] = []
+
+        def show(done: int, total: int, tensor: str) -> None:
+            if not shown:
+                if time.monotonic() < begin:
+                    return
+                shown.append(stack.enter_context(_bar()) if sys.stderr.isatty() else _Lines())
+            shown[0](done, total, tensor)
+
+        yield show
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as RichProgress
@@ -52,7 +68,8 @@ class _Lines:
             return
         self._next = now + SECONDS_BETWEEN_LINES
         percent = 100 * done // total if total else 100
-        print(f"{tensor}: {readable_bytes(done)} of {readable_bytes(total)} ({percent} %)", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{tensor}: {readable_bytes(done)} of {readable_bytes(total)} ({percent} %)\n")
+        sys.stderr.flush()
 
 
 def readable_bytes(count: int) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 
-from kvern.cli.progress import progress_bar, readable_bytes
+from kvern.checkpoint.progress import progress_bar, readable_bytes
 
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +27,25 @@ def test_a_file_gets_the_first_and_the_last_line(capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == ["tensor 0: 0 B of 1.0 kB (0 %)", "tensor 1000: 1.0 kB of 1.0 kB (100 %)"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_work_that_is_soon_done_stays_silent(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_bar(after=1.0) as progress:
+        progress(1000, 1000, "early")
+    assert capsys.readouterr() == ("", "")
+    with progress_bar(after=1.0) as progress:
+        progress(100, 1000, "early")
+        now[0] += 1.5
+        progress(500, 1000, "late")
+    _, err = capsys.readouterr()
+    assert "late" in err
+    assert "early" not in err
 
 
 @pytest.mark.parametrize(
