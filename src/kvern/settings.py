@@ -98,6 +98,13 @@ class ServeSettings(BaseSettings):
         description="seconds of silence after which a stream gets a comment line, for proxies that cut idle ones",
         json_schema_extra=SERVER,
     )
+    response_ttl: float = Field(
+        default=30 * 86400.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds for which answers of /v1/responses stay stored",
+        json_schema_extra=SERVER,
+    )
     max_running: int = Field(
         default=64, ge=1, description="requests that are computed together", json_schema_extra=ENGINE
     )

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from kvern import __version__
 from kvern.errors import KvernError
 from kvern.llm import LLM
-from kvern.server import batches, files, openapi, refusals
+from kvern.server import batches, files, openapi, refusals, responses
 from kvern.server.aliases import Aliases
 from kvern.server.batching import Batching
 from kvern.server.generate import BUFFER, EngineHost
@@ -25,6 +25,7 @@ from kvern.server.inside import with_owners
 from kvern.server.metrics import Metrics
 from kvern.server.request_id import RequestId
 from kvern.server.routes import Salt, one_tenant, router
+from kvern.server.running_responses import Responses
 from kvern.settings import ServeSettings
 from kvern.store import Store
 from kvern.store.database import default_path
@@ -49,8 +50,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_load(app, loaded))
+        app.state.responses.start()
         yield
         await app.state.batching.stopped()
+        await app.state.responses.stop()
         await app.state.host.stop()
         await asyncio.gather(loading, return_exceptions=True)
         app.state.store.close()
@@ -63,9 +66,10 @@ def create_app(
     app.state.host.before_draining.append(app.state.batching.stop)
     app.state.salt = with_owners(salt)
     app.state.store = Store(settings.store or default_path())
+    app.state.responses = Responses(app.state.store, settings.response_ttl)
     app.state.aliases = Aliases(settings.model_alias)
     app.state.started = int(time.time())
-    for routes in (router, files.router, batches.router):
+    for routes in (router, files.router, batches.router, responses.router):
         app.include_router(routes)
     app.add_middleware(RequestId)
     refusals.add_handlers(app)

@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from kvern.wire.batches import BatchRequest
 from kvern.wire.chat import ChatCompletionRequest
 from kvern.wire.completions import CompletionRequest
+from kvern.wire.responses import ResponsesRequest
 
 REF = "#/components/schemas/{model}"
-BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, BatchRequest)
+BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, BatchRequest, ResponsesRequest)
 
 
 def build(app: FastAPI) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvern.store import batches, files
+from kvern.store import batches, files, responses
 from kvern.store.schema import Group
 
-GROUPS: tuple[Group, ...] = (files.GROUP, batches.GROUP)
+GROUPS: tuple[Group, ...] = (files.GROUP, batches.GROUP, responses.GROUP)
