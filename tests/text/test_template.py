@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvern.errors import BadRequestError, CheckpointError
+from kvern.text.conversation import Conversation
 from kvern.text.messages import Message
 from kvern.text.template import ChatTemplate
 from kvern.text.tokenizer import Tokenizer
@@ -42,12 +43,18 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [token_id for token_id in ids if token_id in tokenizer.control.values()]
 
 
-def oracle(source: str, tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool) -> str:
+def oracle(
+    source: str, tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool, **more: bool
+) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     conversation = [message.as_template_value() for message in messages]
     rendered, _ = render_jinja_template(
-        [conversation], chat_template=source, add_generation_prompt=add_generation_prompt, **tokenizer.named_tokens
+        [conversation],
+        chat_template=source,
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.named_tokens,
+        **more,
     )
     return str(rendered[0])
 
@@ -57,6 +64,28 @@ def oracle(source: str, tokenizer: Tokenizer, messages: list[Message], add_gener
 def test_render_equals_transformers(byte_level: Tokenizer, source: str, add_generation_prompt: bool) -> None:
     ours = ChatTemplate(source, byte_level).render(CHAT, add_generation_prompt)
     assert ours == oracle(source, byte_level, CHAT, add_generation_prompt)
+
+
+@pytest.mark.parametrize("source", [CHATML, DEEPSEEK])
+@pytest.mark.parametrize("beginning", ["", "def f(", "a<|im_end|>", "x <｜Assistant｜>", "so:\n  "])
+def test_an_answer_is_continued(byte_level: Tokenizer, source: str, beginning: str) -> None:
+    messages, template = (*CHAT, Message("assistant", beginning)), ChatTemplate(source, byte_level)
+    chat = Conversation(messages, continues=True)
+    text = template.render(chat)
+    assert text == oracle(source, byte_level, list(messages), False, continue_final_message=True)
+    ids, parsing = template.prompt(chat)
+    assert b"".join(byte_level.token_bytes(one) for one in ids).decode() == text
+    assert control_ids(byte_level, ids) == control_ids(byte_level, template.encode(CHAT))
+    assert parsing.thinks == "never"
+
+
+def test_what_cannot_be_continued(byte_level: Tokenizer) -> None:
+    chat = Conversation((*CHAT, Message("assistant", "x")), continues=True)
+    for source in ("{{ messages[0].content }}", FEATURES):
+        with pytest.raises(BadRequestError, match="no place where this answer could go on"):
+            ChatTemplate(source, byte_level).prompt(chat)
+    with pytest.raises(BadRequestError, match="only an assistant's text"):
+        Conversation(tuple(CHAT), continues=True).check()
 
 
 @given(content=st.text())

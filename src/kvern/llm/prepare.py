@@ -59,18 +59,20 @@ class TextSide:
 
     def prepare_chat(self, conversation: ConversationLike, options: SamplingOptions) -> Prepared:
         """Check a chat request and turn it into ids. Raises BadRequestError naming the field."""
+        ids, parsing = self.encode_chat(conversation)
+        return replace(self.prepare(ids, options, param="messages"), parsing=parsing)
+
+    def encode_chat(self, conversation: ConversationLike) -> tuple[list[int], Parsing]:
+        """The ids of a conversation, however long, and how to read the answer. Raises BadRequestError."""
         chat = as_conversation(conversation)
         chat.check()
         if self.template is None:
             raise BadRequestError(f"{self.name} has no chat template", hint="use generate, or an instruct model")
-        if chat.continues:
-            raise BadRequestError("continuing an assistant's message is not supported yet", param="continues")
         for index, tool in enumerate(chat.tools):
             if tool.strict:
                 says = "strict tools are not supported yet: arguments may differ from the schema"
                 raise BadRequestError(says, param=f"tools.{index}.function.strict")
-        ids, parsing = self.template.prompt(chat)
-        return replace(self.prepare(ids, options, param="messages"), parsing=parsing)
+        return self.template.prompt(chat)
 
     def prepare_text(self, prompt: str, options: SamplingOptions, *, allow_special: bool = False) -> Prepared:
         """Check a request to continue a text. Strings like `<|im_end|>` stay text unless `allow_special`."""

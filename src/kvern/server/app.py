@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from kvern import __version__
 from kvern.errors import KvernError
 from kvern.llm import LLM
-from kvern.server import batches, files, openapi, refusals, responses
+from kvern.server import batches, files, messages, openapi, refusals, responses
 from kvern.server.aliases import Aliases
 from kvern.server.batching import Batching
 from kvern.server.generate import BUFFER, EngineHost
@@ -69,7 +69,7 @@ def create_app(
     app.state.responses = Responses(app.state.store, settings.response_ttl)
     app.state.aliases = Aliases(settings.model_alias)
     app.state.started = int(time.time())
-    for routes in (router, files.router, batches.router, responses.router):
+    for routes in (router, files.router, batches.router, responses.router, messages.router):
         app.include_router(routes)
     app.add_middleware(RequestId)
     refusals.add_handlers(app)

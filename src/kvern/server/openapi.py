@@ -8,13 +8,21 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from kvern.wire.anthropic import CountTokensRequest, MessagesRequest
 from kvern.wire.batches import BatchRequest
 from kvern.wire.chat import ChatCompletionRequest
 from kvern.wire.completions import CompletionRequest
 from kvern.wire.responses import ResponsesRequest
 
 REF = "#/components/schemas/{model}"
-BODIES: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, BatchRequest, ResponsesRequest)
+BODIES: tuple[type[BaseModel], ...] = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    BatchRequest,
+    ResponsesRequest,
+)
 
 
 def build(app: FastAPI) -> dict[str, Any]:
@@ -23,8 +31,9 @@ def build(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for kind in BODIES:
         body = kind.model_json_schema(ref_template=REF)
-        schemas.update(body.pop("$defs", {}))
-        schemas[kind.__name__] = body
+        for name, schema in {**body.pop("$defs", {}), kind.__name__: body}.items():
+            if schemas.setdefault(name, schema) != schema:
+                raise RuntimeError(f"two models of the wire are called {name}")
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     for operations in document["paths"].values():

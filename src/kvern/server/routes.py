@@ -21,11 +21,12 @@ from kvern.server.aliases import Aliases
 from kvern.server.answering import Pieces, chat_body, completion_body, events, head, spread, whole
 from kvern.server.generate import RETRY_SECONDS, Answer, EngineHost
 from kvern.server.http import CLIENT_CLOSED_REQUEST, EventStream, read_body, until_disconnected
+from kvern.server.refusals import speaks_anthropic
 from kvern.settings import ServeSettings
 from kvern.wire import answers as wire
+from kvern.wire.anthropic_answers import AnthropicModel, AnthropicModelList
 from kvern.wire.chat import ChatCompletion, parse_chat_request
 from kvern.wire.completions import Completion, CompletionRequest, parse_completion_request
-from kvern.wire.fields import SamplingFields
 from kvern.wire.stream import ChatStream, CompletionStream
 
 Salt: TypeAlias = Callable[[Request], bytes]
@@ -77,13 +78,14 @@ async def docs() -> Response:
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> wire.ModelList:
-    """The served model, with its context length and capabilities."""
-    return wire.ModelList(data=[_model(request)])
+async def models(request: Request) -> wire.ModelList | AnthropicModelList:
+    """The served model, with its context length and capabilities; in Anthropic's words to who speaks them."""
+    one = _model(request)
+    return AnthropicModelList.of([one]) if isinstance(one, AnthropicModel) else wire.ModelList(data=[one])
 
 
 @router.get("/v1/models/{name:path}")
-async def model(request: Request, name: str) -> wire.Model:
+async def model(request: Request, name: str) -> wire.Model | AnthropicModel:
     """One model by its id."""
     check_model(request, name, _host(request).llm)
     return _model(request)
@@ -103,7 +105,7 @@ async def chat_completions(request: Request) -> Response:
     check_model(request, body.model, llm)
     prepared = await asyncio.to_thread(llm.prepare_chat, body.to_conversation(), body.to_options())
     requests = spread([prepared], body.n)
-    answer, top = _submit(request, body, requests), head(llm, "chatcmpl", body.model)
+    answer, top = submit(request, requests, body.priority), head(llm, "chatcmpl", body.model)
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     if body.stream:
         stream = ChatStream(top, body.include_usage, body.logprobs, prepared.parsing.thinks == "inside")
@@ -113,7 +115,7 @@ async def chat_completions(request: Request) -> Response:
         done = await whole(pieces, requests)
         return _json(chat_body(top, done, pieces.usage(), body.logprobs))
 
-    return await _finish(request, answer, respond)
+    return await finish(request, answer, respond)
 
 
 @router.post(
@@ -127,7 +129,7 @@ async def completions(request: Request) -> Response:
     check_model(request, body.model, llm)
     requests = spread(await asyncio.to_thread(prepare_completion, llm, body), body.n)
     prompts = [_echoed(llm, body, prompt) for prompt in body.prompts for _ in range(body.n)]
-    answer, top = _submit(request, body, requests), head(llm, "cmpl", body.model)
+    answer, top = submit(request, requests, body.priority), head(llm, "cmpl", body.model)
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     scored = body.logprobs is not None
     if body.stream:
@@ -138,7 +140,7 @@ async def completions(request: Request) -> Response:
         done = await whole(pieces, requests)
         return _json(completion_body(top, done, pieces.usage(), scored, prompts))
 
-    return await _finish(request, answer, respond)
+    return await finish(request, answer, respond)
 
 
 @router.post("/v1/embeddings", include_in_schema=False)
@@ -168,17 +170,18 @@ def _echoed(llm: LLM, body: CompletionRequest, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
 
 
-def _submit(request: Request, body: SamplingFields, requests: Sequence[Prepared]) -> Answer:
+def submit(request: Request, requests: Sequence[Prepared], priority: int) -> Answer:
+    """Queue the requests behind one HTTP request, or refuse them all."""
     most = _settings(request).max_waiting
     if len(requests) > most:
         raise BadRequestError(
             f"the request has {len(requests)} choices and the queue holds {most}", param="n", hint="ask for fewer"
         )
     salt: Salt = request.app.state.salt
-    return _host(request).submit(requests, priority=body.priority, salt=salt(request))
+    return _host(request).submit(requests, priority=priority, salt=salt(request))
 
 
-async def _finish(request: Request, answer: Answer, respond: Callable[[], Any]) -> Response:
+async def finish(request: Request, answer: Answer, respond: Callable[[], Any]) -> Response:
     """Await the whole answer; a client that hangs up cancels it."""
     try:
         response = await until_disconnected(request.receive, respond())
@@ -198,8 +201,10 @@ def check_model(request: Request, name: str, llm: LLM) -> None:
         raise NotFoundError(f"there is no model {name!r}", hint=f"served here: {llm.name}", param="model")
 
 
-def _model(request: Request) -> wire.Model:
+def _model(request: Request) -> wire.Model | AnthropicModel:
     llm = _host(request).llm
+    if speaks_anthropic(request):
+        return AnthropicModel.of(llm.name, request.app.state.started, llm.max_context)
     return wire.Model(
         id=llm.name,
         created=request.app.state.started,

@@ -45,6 +45,8 @@ class Conversation:
             raise BadRequestError("tool_choice needs tools", param="tool_choice")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
             raise BadRequestError(f"there is no tool {self.tool_choice.name!r}", param="tool_choice")
+        if self.continues and (self.messages[-1].role != "assistant" or self.messages[-1].tool_calls):
+            raise BadRequestError("only an assistant's text can be continued", param="messages")
 
 
 ConversationLike: TypeAlias = Conversation | str | Sequence[MessageLike]

@@ -1,6 +1,7 @@
 """The checkpoint's chat template, and its token ids, with nothing in a message able to act as markup.
 
-`render` gives the text: that of the checkpoint's own template, or ours where it ignores tools (`text.renderer`).
+`render` gives the text: that of the checkpoint's own template, or ours where it ignores tools (`text.renderer`). Where
+the last message is to be continued, the text ends with that message, which a mark behind it finds.
 
 `encode` gives the ids of that text, except that control strings which came out of a message, a tool's definition, the
 arguments of a call or its result stay characters. Templates compute with message text (trim it, cut it at `</think>`),
@@ -31,6 +32,9 @@ from kvern.text.tokenizer import Tokenizer
 
 Marker = Callable[[str], str]
 Chat: TypeAlias = Conversation | Sequence[Message]
+Values: TypeAlias = tuple[list[Any], list[Any]]
+"""Messages and tools, as templates read them."""
+
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
@@ -55,14 +59,13 @@ class ChatTemplate:
     def render(self, chat: Chat, add_generation_prompt: bool = True) -> str:
         """Return the prompt text. Raises BadRequestError when the template refuses the conversation."""
         chat = _conversation(chat)
-        return self._renderer.render(*self._renderer.values(chat), add_generation_prompt, _thinking(chat))
+        return self._text(self._renderer.values(chat), chat, add_generation_prompt)
 
     def encode(self, chat: Chat, add_generation_prompt: bool = True) -> list[int]:
         """Return the prompt's token ids; control strings inside messages stay text. Raises BadRequestError."""
         chat = _conversation(chat)
         values = self._renderer.values(chat)
-        text = self._renderer.render(*values, add_generation_prompt, _thinking(chat))
-        return self._encode(values, text, add_generation_prompt, _thinking(chat))
+        return self._encode(values, self._text(values, chat, add_generation_prompt), chat, add_generation_prompt)
 
     def prompt(self, chat: Conversation) -> tuple[list[int], Parsing]:
         """The ids that ask for an answer, and how to read it. Raises BadRequestError.
@@ -71,9 +74,9 @@ class ChatTemplate:
         """
         if chat.thinking and not self.can_think:
             raise BadRequestError("the model cannot think before it answers", param="thinking")
-        thinking, values = _thinking(chat), self._renderer.values(chat)
-        text = self._renderer.render(*values, True, thinking)
-        ids, parsing = self._encode(values, text, True, thinking), self._parsing(chat, text)
+        values = self._renderer.values(chat)
+        text = self._text(values, chat, True)
+        ids, parsing = self._encode(values, text, chat, True), self._parsing(chat, text)
         return ids + self._tokenizer.encode(parsing.written, allow_special=True), parsing
 
     def _parsing(self, chat: Conversation, text: str) -> Parsing:
@@ -81,7 +84,9 @@ class ChatTemplate:
         end = text.rstrip()
         thinks: Literal["inside", "maybe", "never"] = "maybe" if opened and not end.endswith(closed) else "never"
         written, most = "", None if chat.parallel_tool_calls else 1
-        if opened and end.endswith(opened):
+        if chat.continues:
+            thinks = "never"
+        elif opened and end.endswith(opened):
             thinks = "inside"
             written = f"\n{closed}\n\n" if _thinking(chat) is False else ""
         if isinstance(chat.tool_choice, NamedTool):
@@ -91,15 +96,24 @@ class ChatTemplate:
         tools = frozenset() if chat.tool_choice == "none" else frozenset(tool.name for tool in chat.tools)
         return Parsing(self.format, tools, thinks, written, most)
 
-    def _encode(
-        self, values: tuple[list[Any], list[Any]], text: str, add_generation_prompt: bool, thinking: bool | None
-    ) -> list[int]:
+    def _text(self, values: Values, chat: Conversation, add_generation_prompt: bool) -> str:
+        messages, tools = values
+        if not chat.continues:
+            return self._renderer.render(messages, tools, add_generation_prompt, _thinking(chat))
+        mark = _unused_marks("".join(_strings(values)))[0]
+        last = {**messages[-1], "content": (messages[-1]["content"] or "") + mark}
+        text, found, _ = self._renderer.render([*messages[:-1], last], tools, False, _thinking(chat)).rpartition(mark)
+        if not found or mark in text:
+            raise BadRequestError("the chat template has no place where this answer could go on", param="messages")
+        return text
+
+    def _encode(self, values: Values, text: str, chat: Conversation, add_generation_prompt: bool) -> list[int]:
         if not any(self._suspicious(string) for string in _strings(values)):
             return self._tokenizer.encode(text, allow_special=True)
 
         def render(change: Marker) -> str:
             messages, tools = _map_strings(values, change)
-            return self._renderer.render(messages, tools, add_generation_prompt, thinking)
+            return self._text((messages, tools), chat, add_generation_prompt)
 
         return [token_id for part in self._parts(render, text) for token_id in part]
 

@@ -71,12 +71,6 @@ class ToolUseAnswer(AnswerBlock):
     input: dict[str, Any]
 
 
-class ContextManagement(BaseModel):
-    """Which edits of the context were applied: none."""
-
-    applied_edits: list[dict[str, Any]] = []
-
-
 class AnthropicMessage(BaseModel):
     """The answer to a request that does not stream."""
 
@@ -88,6 +82,18 @@ class AnthropicMessage(BaseModel):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+
+
+class ContextManagement(BaseModel):
+    """Which edits of the context were applied: none."""
+
+    applied_edits: list[dict[str, Any]] = []
+
+
+class EditedMessage(AnthropicMessage):
+    """The answer to a request that asked for edits of the context."""
+
+    context_management: ContextManagement = ContextManagement()
 
 
 class TokenCount(BaseModel):
@@ -121,6 +127,11 @@ class AnthropicModelList(BaseModel):
     has_more: bool = False
     first_id: str | None
     last_id: str | None
+
+    @classmethod
+    def of(cls, models: list[AnthropicModel]) -> AnthropicModelList:
+        """All models on one page."""
+        return cls(data=models, first_id=models[0].id, last_id=models[-1].id)
 
 
 class AnthropicErrorDetail(BaseModel):
@@ -182,6 +193,6 @@ def _message(error: KvernError) -> str:
     """One line that names the field. Clients know a prompt that is too long by Anthropic's own words."""
     message = f"{error.message} ({error.hint})" if error.hint else error.message
     if isinstance(error, ContextLengthError):
-        message = f"prompt is too long: {error.tokens} tokens > {error.limit} maximum"
+        return f"prompt is too long: {error.tokens} tokens > {error.limit} maximum"
     named = error.param is None or error.param in message
     return sendable(message if named else f"{error.param}: {message}")

@@ -88,7 +88,7 @@ TextOrParts = Annotated[
 ]
 
 
-class FunctionCall(Strict):
+class RequestFunctionCall(Strict):
     """What is called. `arguments` is JSON text as the model wrote it, so it may be broken."""
 
     name: Name
@@ -100,7 +100,7 @@ class RequestToolCall(Strict):
 
     id: Name
     type: Literal["function"] = "function"
-    function: FunctionCall
+    function: RequestFunctionCall
     index: int | None = None
 
 
