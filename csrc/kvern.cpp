@@ -11,6 +11,10 @@
 
 #if defined(KVERN_X86)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace kvern {
@@ -35,11 +39,35 @@ bool has_avx512() {
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+// Leaf 7 tells of the tiles, XCR0 that the system keeps them; Linux lets a process use them when it asks, once.
+bool has_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kTileBits = 1u << 22 | 1u << 24;  // amx-bf16, amx-tile
+  constexpr unsigned kTileState = 1u << 17 | 1u << 18;
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  unsigned a, b, c, d, low, high;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileBits) != kTileBits) return false;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 const Kernels& avx512bf16_kernels() {
   static const Kernels kernels = [] {
     Kernels table = kAvx512Kernels;
     table.name = "avx512bf16";
     table.attend_dots = attend_dots_avx512bf16;
+    return table;
+  }();
+  return kernels;
+}
+
+const Kernels& amx_kernels() {
+  static const Kernels kernels = [] {
+    Kernels table = avx512bf16_kernels();
+    table.name = "amx";
     return table;
   }();
   return kernels;
@@ -53,12 +81,13 @@ struct Candidate {
 
 std::vector<Candidate> candidates() {  // best first
 #if defined(KVERN_X86)
-  return {{"avx512bf16", has_avx512bf16() ? &avx512bf16_kernels() : nullptr},
+  return {{"amx", has_amx() ? &amx_kernels() : nullptr},
+          {"avx512bf16", has_avx512bf16() ? &avx512bf16_kernels() : nullptr},
           {"avx512", has_avx512() ? &kAvx512Kernels : nullptr},
           {"avx2", has_avx2() ? &kAvx2Kernels : nullptr},
           {"scalar", &kScalarKernels}};
 #else
-  return {{"avx512bf16", nullptr}, {"avx512", nullptr}, {"avx2", nullptr}, {"scalar", &kScalarKernels}};
+  return {{"amx", nullptr}, {"avx512bf16", nullptr}, {"avx512", nullptr}, {"avx2", nullptr}, {"scalar", &kScalarKernels}};
 #endif
 }
 

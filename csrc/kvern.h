@@ -25,7 +25,7 @@ enum { KVERN_OK = 0, KVERN_BAD_ARGUMENT = 1, KVERN_UNSUPPORTED_ISA = 2 };
 
 int kvern_abi(void); /* KVERN_ABI of the library: a caller built for another number must not use it */
 
-/* Picks the kernels: "scalar", "avx2", "avx512", "avx512bf16", or NULL for the best of this CPU (the state at load).
+/* Picks the kernels: "scalar", "avx2", "avx512", "avx512bf16", "amx", or NULL for the best of this CPU (the state at load).
  * KVERN_UNSUPPORTED_ISA when this CPU or this build lacks it, KVERN_BAD_ARGUMENT for an unknown name. */
 int kvern_select_isa(const char* name);
 const char* kvern_isa(void);

@@ -28,7 +28,7 @@ int64_t depth_of(int kind) { return kind == KVERN_F32 ? 1 : kind == KVERN_BF16 ?
 
 // Where row r, column j of a tile of 4 bytes a row lies, in bytes.
 int64_t byte_place(Order order, int64_t r, int64_t j) {
-  return order == Order::kPairs ? 16 * (r / 4) + 8 * (j / 2) + 2 * (r % 4) + j % 2 : 16 * j + r;
+  return order != Order::kSingles ? 16 * (r / 4) + 8 * (j / 2) + 2 * (r % 4) + j % 2 : 16 * j + r;
 }
 
 float number_at(const Packing& task, int64_t row, int64_t column) {
@@ -61,7 +61,7 @@ void pack_bf16(const Packing& task, int64_t panel, uint8_t* tiles, int64_t strid
   for (int64_t r = 0; r < kLanes && panel * kLanes + r < task.n; ++r) {
     const uint16_t* row = words + (panel * kLanes + r) * task.stride;
     for (int64_t c = 0; c < task.k; ++c) {
-      const int64_t place = task.order == Order::kPairs ? 2 * r + c % 2 : 16 * (c % 2) + r;
+      const int64_t place = task.order != Order::kSingles ? 2 * r + c % 2 : 16 * (c % 2) + r;
       std::memcpy(tiles + c / 2 * stride + 2 * place, row + c, sizeof *row);
     }
   }
@@ -152,7 +152,7 @@ uint64_t hash_part(const uint8_t* data, int64_t bytes, uint64_t seed) {
 using namespace kvern;
 
 const char* kvern_packed_order(void) {
-  return packed_kernels().order[KVERN_BF16] == Order::kPairs ? "pairs" : "singles";
+  return packed_kernels().order[KVERN_BF16] != Order::kSingles ? "pairs" : "singles";
 }
 
 int64_t kvern_packed_bytes(int kind, int64_t n, int64_t k) {

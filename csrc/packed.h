@@ -26,7 +26,8 @@ constexpr int kKinds = 4;
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // Rows of x, rounded and arranged for the kernels: in groups of `group` columns (the last may have fewer), element e of
-// column c of a group of C columns lies at e * C + c. An element is 32 bits: two BF16 numbers, or one FP32.
+// column c of a group of C columns lies at e * C + c. An element is 32 bits: two BF16 numbers, or one FP32. For tiles all
+// groups have room for `group` columns, and element e of column c lies at (e / 16 * group + c) * 16 + e % 16.
 // With two `copies` a row of x is two columns, its BF16 rounding and the rounding of what that left over: together
 // 16 bits of mantissa.
 struct Columns {
@@ -50,8 +51,10 @@ struct Product {
   Output out;
 };
 
-// How an element of x looks for a kind of weight.
-enum class Order { kPairs, kSingles };
+// How elements of x look and lie for a kind of weight: FP32, pairs of BF16, or these sixteen to a column (tiles).
+enum class Order { kPairs, kSingles, kTiles };
+
+constexpr int64_t kTileElements = 16;
 
 // Loops over one row, from rows_body.h, where they are described.
 struct RowKernels {
@@ -61,6 +64,8 @@ struct RowKernels {
   void (*encode)(const float* x, int64_t rank, int64_t rope, uint8_t* record);
   void (*decode)(const uint8_t* record, int64_t rank, int64_t rope, float* out);
   void (*arrange_pairs)(const float* x, int64_t size, int64_t elements, int copies, int64_t stride, uint32_t* out);
+  // For Order::kTiles, nullptr where there are none: sixteen elements to each of `columns` columns, and so on.
+  void (*arrange_tiles)(const float* x, int64_t size, int64_t elements, int copies, int64_t columns, uint32_t* out);
   void (*arrange_singles)(const float* x, int64_t size, int64_t elements, bool rounds, int64_t stride, uint32_t* out);
 };
 
@@ -77,6 +82,15 @@ extern const PackedKernels kScalarPacked;
 extern const PackedKernels kAvx2Packed;
 extern const PackedKernels kAvx512Packed;
 extern const PackedKernels kAvx512Bf16Packed;
+
+// What AMX does otherwise than kAvx512Bf16Packed: for BF16 and FP8 weights.
+struct TileKernels {
+  int64_t group;
+  void (*arrange)(const float* x, int64_t size, int64_t elements, int copies, int64_t columns, uint32_t* out);
+  void (*bf16)(const Product&, int64_t first_panel, int64_t last_panel);
+  void (*e4m3)(const Product&, int64_t first_panel, int64_t last_panel);
+};
+extern const TileKernels kAmxPacked;
 
 // Where the tiles of a panel lie: the first, and how many bytes further the next.
 struct Place {

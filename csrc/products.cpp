@@ -40,7 +40,7 @@ int64_t panel_bytes(const kvern_packed& w) {
 
 int64_t chunk_panels(int64_t bytes) { return std::max<int64_t>(1, kChunkBytes / bytes / kChunkPanels) * kChunkPanels; }
 
-int copies_of(Order order, int activations) { return order == Order::kPairs && activations == KVERN_F32 ? 2 : 1; }
+int copies_of(Order order, int activations) { return order != Order::kSingles && activations == KVERN_F32 ? 2 : 1; }
 
 // As many columns in each group as in the others, and whole rows.
 int64_t group_of(int64_t columns, int64_t most, int copies) {
@@ -51,9 +51,25 @@ int64_t group_of(int64_t columns, int64_t most, int copies) {
 
 }  // namespace
 
+#if defined(KVERN_X86)
+const PackedKernels& amx_kernels() {
+  static const PackedKernels kernels = [] {
+    PackedKernels table = kAvx512Bf16Packed;
+    table.rows.arrange_tiles = kAmxPacked.arrange;
+    table.order[KVERN_BF16] = table.order[KVERN_F8_E4M3] = Order::kTiles;
+    table.group[KVERN_BF16] = table.group[KVERN_F8_E4M3] = kAmxPacked.group;
+    table.multiply[KVERN_BF16] = kAmxPacked.bf16;
+    table.multiply[KVERN_F8_E4M3] = kAmxPacked.e4m3;
+    return table;
+  }();
+  return kernels;
+}
+#endif
+
 const PackedKernels& packed_kernels() {
 #if defined(KVERN_X86)
   const char* name = kernels_in_use().name;
+  if (std::strcmp(name, "amx") == 0) return amx_kernels();
   if (std::strcmp(name, "avx512bf16") == 0) return kAvx512Bf16Packed;
   if (std::strcmp(name, "avx512") == 0) return kAvx512Packed;
   if (std::strcmp(name, "avx2") == 0) return kAvx2Packed;
@@ -97,11 +113,12 @@ Arrangement::Arrangement(const Source& from, int of, int rounding, Arena& arena)
     : source(from), kind(of), activations(rounding) {
   order = kind == KVERN_PICKS ? Order::kSingles : packed_kernels().order[kind];
   const int copies = copies_of(order, activations);
-  const int64_t elements = round_up(from.k, kPadding) / (order == Order::kPairs ? 2 : 1);
+  const int64_t elements = round_up(from.k, kPadding) / (order == Order::kSingles ? 1 : 2);
   const int64_t most = kind == KVERN_PICKS ? 1 : packed_kernels().group[kind];
   columns = {nullptr, from.rows * copies, group_of(from.rows * copies, most, copies), elements, copies};
   if (kind == KVERN_PICKS) columns.count = 0;
-  columns.data = arena.take<uint32_t>(columns.count * elements);
+  const int64_t room = order == Order::kTiles ? round_up(columns.count, columns.group) : columns.count;
+  columns.data = arena.take<uint32_t>(room * elements);
 }
 
 void Arrangement::fill(int64_t group) const {
@@ -111,7 +128,9 @@ void Arrangement::fill(int64_t group) const {
   for (int64_t c = 0; c < count; c += columns.copies) {
     const int64_t row = (first + c) / columns.copies;
     const float* x = source.x + (source.place ? source.place[row] : row) * source.stride;
-    if (order == Order::kPairs) {
+    if (order == Order::kTiles) {
+      rows.arrange_tiles(x, source.k, columns.elements, columns.copies, columns.group, to + c * kTileElements);
+    } else if (order == Order::kPairs) {
       rows.arrange_pairs(x, source.k, columns.elements, columns.copies, count, to + c);
     } else {
       rows.arrange_singles(x, source.k, columns.elements, activations != KVERN_F32, count, to + c);

@@ -145,7 +145,7 @@ void arrange_singles(const float* x, int64_t size, int64_t elements, bool rounds
   for (int64_t e = size; e < elements; ++e) out[e * stride] = 0;
 }
 
-constexpr kvern::RowKernels kRowKernels{rms_norm, gate_rows, round_row, encode_latent,
-                                          decode_latent, arrange_pairs, arrange_singles};
+constexpr kvern::RowKernels kRowKernels{rms_norm,      gate_rows, round_row,      encode_latent, decode_latent,
+                                        arrange_pairs, nullptr,   arrange_singles};
 
 }  // namespace

@@ -247,7 +247,7 @@ void check_all() {
 }  // namespace
 
 int main() {
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512bf16"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512bf16", "amx"}) {
     if (kvern_select_isa(name) != KVERN_OK) continue;
     for (const int threads : {1, 3}) {
       require(kvern_set_threads(threads) == KVERN_OK, "threads");

@@ -1,7 +1,7 @@
 """The shared library of CPU kernels (csrc/), loaded through ctypes and declared.
 
 Where it was not built (no compiler at installation) `library` is None and `why_absent` tells why. ctypes drops the GIL,
-so a server's event loop runs meanwhile. KVERN_ISA=scalar|avx2|avx512|avx512bf16 forces a set of kernels. A process that
+so a server's event loop runs meanwhile. KVERN_ISA=scalar|avx2|avx512|avx512bf16|amx forces a set of kernels. A process that
 forks keeps working: the child starts its own threads with its first call.
 """
 
@@ -29,7 +29,7 @@ ISA_ERRORS = {1: "no such instruction set", 2: "this CPU, or this build, lacks i
 
 
 def isa() -> str | None:
-    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "scalar"; None without the library."""
+    """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "scalar"; None without the library."""
     lib = library()
     return None if lib is None else str(lib.kvern_isa().decode())
 
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL | None:
     wanted = os.environ.get("KVERN_ISA")
     error = lib.kvern_select_isa(wanted.encode() if wanted else None)
     if error:
-        hint = "use scalar, avx2, avx512 or avx512bf16, or unset it"
+        hint = "use scalar, avx2, avx512, avx512bf16 or amx, or unset it"
         raise ConfigError(f"KVERN_ISA={wanted}: {ISA_ERRORS[error]}", hint=hint)
     lib.kvern_set_threads(default_threads())
     return lib

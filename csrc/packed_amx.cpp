@@ -1,0 +1,205 @@
+// Packed products on AMX tiles: BF16 and FP8 weights, sixteen rows of W by sixteen columns of x a tile, summed in FP32.
+//
+// Sixteen decoded BF16 tiles in a row are a tile operand as they lie: pairs of columns by sixteen rows of W. tdpbf16ps sums
+// the even and the odd products of 32 columns apart, each in order, and adds even + odd to the sum. A row of y comes from
+// its own row of x by that order, whether one row is multiplied or hundreds, so one form serves all. What it gives up: FP8
+// is decoded into L1 even for a single row, and subnormal BF16 numbers (under 1e-38) count as zeros.
+#include <immintrin.h>
+
+#include "amx.h"
+#include "packed_avx512.h"
+#include "rows_body.h"
+
+namespace {
+
+constexpr int64_t kRows = 16;                     // columns of x in a tile
+constexpr int64_t kSpan = 32;                     // columns of W in a tile
+constexpr int kMostPanels = 4;
+constexpr int64_t kNumbers = kRows * kLanes;      // in a tile of sums
+
+struct Bf16Tiles : Bf16Kind {};
+
+struct E4m3Tiles : E4m3Kind {
+  static constexpr bool is_decoded = true;
+};
+
+inline void decode_tile(const uint8_t* tile, uint8_t* to) {
+  __m512i first, second;
+  e4m3_to_bf16(_mm512_loadu_si512(tile), first, second);
+  _mm512_store_si512(to, first);
+  _mm512_store_si512(to + kTileBytes, second);
+}
+
+// Tiles 0 to 3 hold sums, 4 columns of x, 5 to 7 panels.
+template <int P>
+inline void clear_sums() {
+  _tile_zero(0);
+  if constexpr (P > 1) _tile_zero(1);
+  if constexpr (P > 2) _tile_zero(2);
+  if constexpr (P > 3) _tile_zero(3);
+}
+
+template <int P>
+inline void load_sums(const float* from, int64_t stride) {
+  _tile_loadd(0, from, stride);
+  if constexpr (P > 1) _tile_loadd(1, from + kLanes, stride);
+  if constexpr (P > 2) _tile_loadd(2, from + 2 * kLanes, stride);
+  if constexpr (P > 3) _tile_loadd(3, from + 3 * kLanes, stride);
+}
+
+template <int P>
+inline void store_sums(float* to, int64_t stride) {
+  _tile_stored(0, to, stride);
+  if constexpr (P > 1) _tile_stored(1, to + kLanes, stride);
+  if constexpr (P > 2) _tile_stored(2, to + 2 * kLanes, stride);
+  if constexpr (P > 3) _tile_stored(3, to + 3 * kLanes, stride);
+}
+
+// sums += 32 columns of P panels, whose tiles begin at w[p] and lie `stride` bytes apart.
+template <int P>
+inline void add_span(const uint32_t* x, const uint8_t* const (&w)[kMostPanels], int64_t stride) {
+  _tile_loadd(4, x, kTileBytes);
+  _tile_loadd(5, w[0], stride);
+  if constexpr (P > 1) _tile_loadd(6, w[1], stride);
+  if constexpr (P > 2) _tile_loadd(7, w[2], stride);
+  _tile_dpbf16ps(0, 4, 5);
+  if constexpr (P > 3) _tile_loadd(5, w[3], stride);
+  if constexpr (P > 1) _tile_dpbf16ps(1, 4, 6);
+  if constexpr (P > 2) _tile_dpbf16ps(2, 4, 7);
+  if constexpr (P > 3) _tile_dpbf16ps(3, 4, 5);
+}
+
+template <class K>
+struct Amx {
+  const Product& task;
+  float* totals;  // [columns, P, 16]
+  alignas(64) uint8_t decoded[kMostPanels][K::is_decoded ? kDepth / 2 * kTileBytes : kTileBytes];
+  alignas(64) float sums[2][kRows * kMostPanels * kLanes];
+
+  // Of FP8 weights: sums that still wait for their scales. They are scaled one group later, when the tiles are done.
+  struct Waiting {
+    const float* sums;
+    float* total;
+    __m512 scales[kMostPanels];
+  };
+
+  // Tile `tile` of a panel.
+  static const uint8_t* stored(const kvern_packed& w, int64_t panel, int64_t tile, int64_t& stride) {
+    const auto place = kvern::place_of(panel, kvern::panels(w), kvern::padded_k(w) / K::depth * kTileBytes);
+    stride = place.stride;
+    return static_cast<const uint8_t*>(w.tiles) + place.offset + tile * place.stride;
+  }
+
+  template <int P>
+  void decode(int64_t first, int64_t begin, int64_t count) {
+    for (int p = 0; p < P; ++p) {
+      int64_t stride;
+      const uint8_t* tile = stored(task.w, first + p, begin / K::depth, stride);
+      for (int64_t t = 0; t < count / K::depth; ++t, tile += stride) {
+        decode_tile(tile, decoded[p] + t * 2 * kTileBytes);
+        __builtin_prefetch(tile + kDepth / K::depth * stride, 0, 2);  // arrives while these are multiplied
+      }
+    }
+  }
+
+  template <int P>
+  void scale(const Waiting& waiting) const {
+    if (!waiting.total) return;
+    for (int64_t at = 0; at < task.x.group * P; ++at) {
+      float* total = waiting.total + at * kLanes;
+      const __m512 sum = _mm512_load_ps(waiting.sums + at * kLanes);
+      _mm512_store_ps(total, _mm512_fmadd_ps(sum, waiting.scales[at % P], _mm512_load_ps(total)));
+    }
+  }
+
+  // Columns [begin, begin + count) of W for one group of x; `w` are the tiles of its panels.
+  template <int P>
+  void multiply(int64_t begin, int64_t count, int64_t column, const uint8_t* const (&w)[kMostPanels], int64_t stride) {
+    const uint32_t* elements = task.x.data + column * task.x.elements + begin / 2 * task.x.group;
+    const uint8_t* tiles[kMostPanels] = {w[0], w[1], w[2], w[3]};
+    for (int64_t done = 0; done < count; done += kSpan, elements += kSpan / 2 * task.x.group) {
+      add_span<P>(elements, tiles, stride);
+      for (int p = 0; p < P; ++p) tiles[p] += kSpan / 2 * stride;
+    }
+  }
+
+  template <int P>
+  void panels(int64_t first) {
+    constexpr int64_t kRowBytes = P * kLanes * sizeof(float);
+    const kvern_packed& w = task.w;
+    const int64_t padded = kvern::padded_k(w), groups = (padded + kDepth - 1) / kDepth;
+    std::memset(totals, 0, static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kRowBytes));
+    Waiting waiting{};
+    int turn = 0;
+    for (int64_t begin = 0; begin < padded; begin += kDepth) {
+      const int64_t count = least(kDepth, padded - begin);
+      const uint8_t* tiles[kMostPanels] = {};
+      __m512 scales[kMostPanels] = {};
+      int64_t stride = kTileBytes;
+      if constexpr (K::is_decoded) decode<P>(first, begin, count);
+      for (int p = 0; p < P; ++p) {
+        tiles[p] = K::is_decoded ? decoded[p] : stored(w, first + p, begin / K::depth, stride);
+        if (K::is_scaled) scales[p] = _mm512_set1_ps(static_cast<const float*>(w.scales)[(first + p) * groups + begin / kDepth]);
+      }
+      kvern::finish_stores();
+      for (int64_t column = 0; column < task.x.count; column += task.x.group) {
+        float* total = totals + column * P * kLanes;
+        if constexpr (!K::is_scaled) {
+          load_sums<P>(total, kRowBytes);
+          multiply<P>(begin, count, column, tiles, stride);
+          store_sums<P>(total, kRowBytes);
+          continue;
+        }
+        clear_sums<P>();
+        multiply<P>(begin, count, column, tiles, stride);
+        store_sums<P>(sums[turn], kRowBytes);
+        scale<P>(waiting);
+        waiting = {sums[turn], total, {scales[0], scales[1], scales[2], scales[3]}};
+        turn = 1 - turn;
+      }
+    }
+    scale<P>(waiting);
+    deliver<Avx512Sums>(task, first, P, totals, P, 0, task.x.count);
+  }
+};
+
+inline __m512 load_some(const float* x, int64_t count) {
+  return _mm512_maskz_loadu_ps(count >= kLanes ? 0xffff : count > 0 ? (1u << count) - 1 : 0, x);
+}
+
+inline __m512i rounded(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+
+inline __m512 half(__m512i pairs, int which) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(which ? _mm512_extracti64x4_epi64(pairs, 1) : _mm512_castsi512_si256(pairs)), 16));
+}
+
+// Where there are two copies, the second is what rounding left of a number.
+void arrange_tiles(const float* x, int64_t size, int64_t elements, int copies, int64_t columns, uint32_t* out) {
+  for (int64_t at = 0; at < 2 * elements; at += kSpan, out += columns * kvern::kTileElements) {
+    const __m512 low = load_some(x + at, size - at), high = load_some(x + at + kLanes, size - at - kLanes);
+    const __m512i first = rounded(low, high);
+    _mm512_storeu_si512(out, first);
+    if (copies == 1) continue;
+    const __m512i rest = rounded(_mm512_sub_ps(low, half(first, 0)), _mm512_sub_ps(high, half(first, 1)));
+    _mm512_storeu_si512(out + kvern::kTileElements, rest);
+  }
+}
+
+template <class K>
+void multiply_tiles(const Product& task, int64_t first, int64_t last) {
+  static thread_local std::vector<float> memory;
+  const auto numbers = static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kMostPanels * kLanes + kLanes);
+  if (memory.size() < numbers) memory.resize(numbers);
+  auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  const kvern::TileRows rows(static_cast<int>(task.x.group));
+  Amx<K> amx{task, aligned};
+  for (; first + 4 <= last; first += 4) amx.template panels<4>(first);
+  for (; first + 2 <= last; first += 2) amx.template panels<2>(first);
+  if (first < last) amx.template panels<1>(first);
+}
+
+}  // namespace
+
+namespace kvern {
+const TileKernels kAmxPacked{kRows, arrange_tiles, multiply_tiles<Bf16Tiles>, multiply_tiles<E4m3Tiles>};
+}
