@@ -135,12 +135,12 @@ void merge(const Slice& slice, int64_t index) {
   const int64_t count = std::min(kMergeColumns, call.rank - columns.begin);
   float merged[kMergeColumns * kAttendLanes];
   const float* parts = slice.partials + group.partial_at + problem.partial_size(columns.vec);
-  problem.kernels.merge({parts, group.parts, problem.partial_size(group.vecs), call.rank, columns.begin,
+  problem.form.merge({parts, group.parts, problem.partial_size(group.vecs), call.rank, columns.begin,
                          columns.begin + count, merged});
   const int64_t used = std::min(lanes, group.count * call.heads - columns.vec * lanes);
   for (int64_t lane = 0; lane < used; ++lane) {
     const int64_t to = (group.first * call.heads + columns.vec * lanes + lane) * call.rank + columns.begin;
-    scatter_lane(call.out, call.out_dtype, to, merged + lane, lanes, count);
+    scatter_lane(problem.form, call.out, call.out_dtype, to, merged, lane, count);
   }
 }
 
@@ -194,7 +194,7 @@ Problem problem_of(const PagedAttention& call) {
   common.scale = log2_scale(call.scale);
   common.context = {call.rows, call.rows_dtype, call.row_stride, nullptr, call.block_size, nullptr, 0, call.dim, 0, 0,
                     call.rank};
-  return {call, kernels, Form(kernels, call.q_dtype, call.rows_dtype), common};
+  return {call, kernels, Form(kernels, call.q_dtype, call.rows_dtype, call.dim, call.rank), common};
 }
 
 // The largest group from query `index` of sequence `s` on.

@@ -26,17 +26,24 @@ T* room(std::vector<T>& memory, int64_t numbers) {
   return memory.data();
 }
 
-// The kernel for these dtypes, and how it wants q.
+// The kernels for these dtypes and sizes, and how they want q and give sums.
 struct Form {
   void (*attend)(const Attend&);
-  bool has_dots;
+  void (*merge)(const Merge&);
+  bool has_dots;  // q as attend_dots takes it
+  bool by_lane;   // sums as attend_tiles gives them
   int64_t lanes;
 
-  Form(const Kernels& kernels, int q_dtype, int rows_dtype)
+  Form(const Kernels& kernels, int q_dtype, int rows_dtype, int64_t dim, int64_t rank)
       : attend(kernels.attend),
+        merge(kernels.merge),
         has_dots(kernels.attend_dots && q_dtype == KVERN_BF16 && rows_dtype != KVERN_F32),
+        by_lane(has_dots && kernels.attend_tiles && dim % kTileColumns == 0 && rank % kTileColumns == 0),
         lanes(kernels.lanes) {
     if (has_dots) attend = kernels.attend_dots;
+    if (!by_lane) return;
+    attend = kernels.attend_tiles;
+    merge = kernels.merge_tiles;
   }
 
   int64_t q_size(int64_t dim) const { return (has_dots ? divide_up(dim, 2) : dim) * lanes; }  // 4-byte numbers a register
@@ -59,14 +66,16 @@ inline void pack_lane(const Form& form, const void* q, int dtype, int64_t from, 
   }
 }
 
-// out[index + r] = merged[r * lanes] for r in [0, count)
-inline void scatter_lane(void* out, int dtype, int64_t index, const float* merged, int64_t lanes, int64_t count) {
+// out[index + r] = the merged result of `lane` for r in [0, count)
+inline void scatter_lane(const Form& form, void* out, int dtype, int64_t index, const float* merged, int64_t lane, int64_t count) {
+  const int64_t step = form.by_lane ? 1 : form.lanes;
+  merged += form.by_lane ? lane * count : lane;
   if (dtype == KVERN_BF16) {
     uint16_t* to = static_cast<uint16_t*>(out) + index;
-    for (int64_t r = 0; r < count; ++r) to[r] = bf16_of_float(merged[r * lanes]);
+    for (int64_t r = 0; r < count; ++r) to[r] = bf16_of_float(merged[r * step]);
   } else {
     float* to = static_cast<float*>(out) + index;
-    for (int64_t r = 0; r < count; ++r) to[r] = merged[r * lanes];
+    for (int64_t r = 0; r < count; ++r) to[r] = merged[r * step];
   }
 }
 

@@ -67,10 +67,10 @@ void attend_block(const Problem& problem, int64_t chunk) {
   problem.form.attend(task);
   float* out = room(merged, task.rank * lanes);
   for (int64_t vec = 0; vec < task.vecs; ++vec) {
-    problem.kernels.merge({task.partial + vec * size, 1, 0, task.rank, 0, task.rank, out});
+    problem.form.merge({task.partial + vec * size, 1, 0, task.rank, 0, task.rank, out});
     for (int64_t lane = vec * lanes; lane < std::min(count, (vec + 1) * lanes); ++lane) {
       const int64_t to = ((first + lane) * call.heads + head) * task.rank;
-      scatter_lane(call.out, call.out_dtype, to, out + lane % lanes, lanes, task.rank);
+      scatter_lane(problem.form, call.out, call.out_dtype, to, out, lane % lanes, task.rank);
     }
   }
 }
@@ -86,7 +86,7 @@ int expanded_attention(const ExpandedAttention& call) {
   const bool has_key = call.nope + call.rope_size > 0;
   if (!call.out || !call.kv || (has_key && !call.q) || (call.rope_size > 0 && !call.rope)) return KVERN_BAD_ARGUMENT;
   const Kernels& kernels = kernels_in_use();
-  const Problem problem{call, kernels, Form(kernels, call.dtype, call.dtype), divide_up(call.tokens, kAttendLanes)};
+  const Problem problem{call, kernels, Form(kernels, call.dtype, call.dtype, call.nope + call.rope_size, call.value), divide_up(call.tokens, kAttendLanes)};
   parallel_for(
       problem.blocks * call.heads,
       [](const void* context, int64_t chunk) { attend_block(*static_cast<const Problem*>(context), chunk); }, &problem);

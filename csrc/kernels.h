@@ -90,7 +90,13 @@ struct Kernels {
   void (*attend)(const Attend&);
   void (*attend_dots)(const Attend&);  // the same for a context in BF16 or LATENT8, with BF16 dot products; nullptr: not here
   void (*merge)(const Merge&);
+  // For dim and rank that are multiples of kTileColumns, as attend_dots, but sums and merged results lie by lane: partial
+  // [vecs, lanes, rank] and then the two numbers of each lane, Merge::out [lanes, end - begin]; nullptr: not here.
+  void (*attend_tiles)(const Attend&);
+  void (*merge_tiles)(const Merge&);
 };
+
+constexpr int64_t kTileColumns = 32;
 
 const Kernels& kernels_in_use();
 
@@ -98,6 +104,8 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 
-void attend_dots_avx512bf16(const Attend&);  // Attend::lanes is 16
+void attend_dots_avx512bf16(const Attend&);  // Attend::lanes is 16, here and below
+void attend_tiles_amx(const Attend&);
+void merge_tiles_amx(const Merge&);
 
 }  // namespace kvern

@@ -329,7 +329,9 @@ constexpr kvern::Kernels kernels(const char* name) {
           dequantize<V>,
           attend<V>,
           nullptr,
-          merge<V>};
+          merge<V>,
+          nullptr,
+          nullptr};
 }
 
 }  // namespace

@@ -68,6 +68,8 @@ const Kernels& amx_kernels() {
   static const Kernels kernels = [] {
     Kernels table = avx512bf16_kernels();
     table.name = "amx";
+    table.attend_tiles = attend_tiles_amx;
+    table.merge_tiles = merge_tiles_amx;
     return table;
   }();
   return kernels;

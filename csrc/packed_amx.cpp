@@ -12,10 +12,10 @@
 
 namespace {
 
+using kvern::kMostSums;
+
 constexpr int64_t kRows = 16;                     // columns of x in a tile
 constexpr int64_t kSpan = 32;                     // columns of W in a tile
-constexpr int kMostPanels = 4;
-constexpr int64_t kNumbers = kRows * kLanes;      // in a tile of sums
 
 struct Bf16Tiles : Bf16Kind {};
 
@@ -30,57 +30,20 @@ inline void decode_tile(const uint8_t* tile, uint8_t* to) {
   _mm512_store_si512(to + kTileBytes, second);
 }
 
-// Tiles 0 to 3 hold sums, 4 columns of x, 5 to 7 panels.
-template <int P>
-inline void clear_sums() {
-  _tile_zero(0);
-  if constexpr (P > 1) _tile_zero(1);
-  if constexpr (P > 2) _tile_zero(2);
-  if constexpr (P > 3) _tile_zero(3);
-}
-
-template <int P>
-inline void load_sums(const float* from, int64_t stride) {
-  _tile_loadd(0, from, stride);
-  if constexpr (P > 1) _tile_loadd(1, from + kLanes, stride);
-  if constexpr (P > 2) _tile_loadd(2, from + 2 * kLanes, stride);
-  if constexpr (P > 3) _tile_loadd(3, from + 3 * kLanes, stride);
-}
-
-template <int P>
-inline void store_sums(float* to, int64_t stride) {
-  _tile_stored(0, to, stride);
-  if constexpr (P > 1) _tile_stored(1, to + kLanes, stride);
-  if constexpr (P > 2) _tile_stored(2, to + 2 * kLanes, stride);
-  if constexpr (P > 3) _tile_stored(3, to + 3 * kLanes, stride);
-}
-
-// sums += 32 columns of P panels, whose tiles begin at w[p] and lie `stride` bytes apart.
-template <int P>
-inline void add_span(const uint32_t* x, const uint8_t* const (&w)[kMostPanels], int64_t stride) {
-  _tile_loadd(4, x, kTileBytes);
-  _tile_loadd(5, w[0], stride);
-  if constexpr (P > 1) _tile_loadd(6, w[1], stride);
-  if constexpr (P > 2) _tile_loadd(7, w[2], stride);
-  _tile_dpbf16ps(0, 4, 5);
-  if constexpr (P > 3) _tile_loadd(5, w[3], stride);
-  if constexpr (P > 1) _tile_dpbf16ps(1, 4, 6);
-  if constexpr (P > 2) _tile_dpbf16ps(2, 4, 7);
-  if constexpr (P > 3) _tile_dpbf16ps(3, 4, 5);
-}
-
 template <class K>
 struct Amx {
   const Product& task;
   float* totals;  // [columns, P, 16]
-  alignas(64) uint8_t decoded[kMostPanels][K::is_decoded ? kDepth / 2 * kTileBytes : kTileBytes];
-  alignas(64) float sums[2][kRows * kMostPanels * kLanes];
+  alignas(64) uint8_t decoded[kMostSums][K::is_decoded ? kDepth / 2 * kTileBytes : kTileBytes];
+  alignas(64) float sums[2][kRows * kMostSums * kLanes];
+
+  Amx(const Product& the_task, float* memory) : task(the_task), totals(memory) {}  // leaves the arrays as they are
 
   // Of FP8 weights: sums that still wait for their scales. They are scaled one group later, when the tiles are done.
   struct Waiting {
     const float* sums;
     float* total;
-    __m512 scales[kMostPanels];
+    __m512 scales[kMostSums];
   };
 
   // Tile `tile` of a panel.
@@ -114,12 +77,12 @@ struct Amx {
 
   // Columns [begin, begin + count) of W for one group of x; `w` are the tiles of its panels.
   template <int P>
-  void multiply(int64_t begin, int64_t count, int64_t column, const uint8_t* const (&w)[kMostPanels], int64_t stride) {
+  void multiply(int64_t begin, int64_t count, int64_t column, const uint8_t* const (&w)[kMostSums], int64_t stride) {
     const uint32_t* elements = task.x.data + column * task.x.elements + begin / 2 * task.x.group;
-    const uint8_t* tiles[kMostPanels] = {w[0], w[1], w[2], w[3]};
     for (int64_t done = 0; done < count; done += kSpan, elements += kSpan / 2 * task.x.group) {
-      add_span<P>(elements, tiles, stride);
-      for (int p = 0; p < P; ++p) tiles[p] += kSpan / 2 * stride;
+      const int64_t at = done / 2 * stride;
+      const void* tiles[kMostSums] = {w[0] + at, w[1] + at, w[2] + at, w[3] + at};
+      kvern::add_products<P>(elements, kTileBytes, tiles, stride);
     }
   }
 
@@ -133,26 +96,27 @@ struct Amx {
     int turn = 0;
     for (int64_t begin = 0; begin < padded; begin += kDepth) {
       const int64_t count = least(kDepth, padded - begin);
-      const uint8_t* tiles[kMostPanels] = {};
-      __m512 scales[kMostPanels] = {};
+      const uint8_t* tiles[kMostSums];
+      __m512 scales[kMostSums] = {};
       int64_t stride = kTileBytes;
       if constexpr (K::is_decoded) decode<P>(first, begin, count);
       for (int p = 0; p < P; ++p) {
         tiles[p] = K::is_decoded ? decoded[p] : stored(w, first + p, begin / K::depth, stride);
         if (K::is_scaled) scales[p] = _mm512_set1_ps(static_cast<const float*>(w.scales)[(first + p) * groups + begin / kDepth]);
       }
+      for (int p = P; p < kMostSums; ++p) tiles[p] = tiles[0];  // named, never read
       kvern::finish_stores();
       for (int64_t column = 0; column < task.x.count; column += task.x.group) {
         float* total = totals + column * P * kLanes;
         if constexpr (!K::is_scaled) {
-          load_sums<P>(total, kRowBytes);
+          kvern::load_sums<P>(total, kTileBytes, kRowBytes);
           multiply<P>(begin, count, column, tiles, stride);
-          store_sums<P>(total, kRowBytes);
+          kvern::store_sums<P>(total, kTileBytes, kRowBytes);
           continue;
         }
-        clear_sums<P>();
+        kvern::clear_sums<P>();
         multiply<P>(begin, count, column, tiles, stride);
-        store_sums<P>(sums[turn], kRowBytes);
+        kvern::store_sums<P>(sums[turn], kTileBytes, kRowBytes);
         scale<P>(waiting);
         waiting = {sums[turn], total, {scales[0], scales[1], scales[2], scales[3]}};
         turn = 1 - turn;
@@ -188,11 +152,11 @@ void arrange_tiles(const float* x, int64_t size, int64_t elements, int copies, i
 template <class K>
 void multiply_tiles(const Product& task, int64_t first, int64_t last) {
   static thread_local std::vector<float> memory;
-  const auto numbers = static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kMostPanels * kLanes + kLanes);
+  const auto numbers = static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kMostSums * kLanes + kLanes);
   if (memory.size() < numbers) memory.resize(numbers);
   auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   const kvern::TileRows rows(static_cast<int>(task.x.group));
-  Amx<K> amx{task, aligned};
+  Amx<K> amx(task, aligned);
   for (; first + 4 <= last; first += 4) amx.template panels<4>(first);
   for (; first + 2 <= last; first += 2) amx.template panels<2>(first);
   if (first < last) amx.template panels<1>(first);

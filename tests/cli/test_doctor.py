@@ -83,6 +83,8 @@ def test_advice_on_cores_and_instruction_sets(monkeypatch: pytest.MonkeyPatch) -
     assert "limit leaves 2 of 8" in doctor.advice(described(usable_cores=2, logical_cores=8))[0]
     bf16 = described(usable_cores=2, logical_cores=2, isa=(*AVX512, "avx512_bf16"))
     assert "could run avx512bf16" in doctor.advice(bf16)[0]
+    tiles = described(usable_cores=2, logical_cores=2, isa=(*AVX512, "avx512_bf16", "amx_bf16", "amx_tile"))
+    assert "could run amx" in doctor.advice(tiles)[0]
     monkeypatch.setattr(library, "isa", lambda: "avx2")
     assert "unset KVERN_ISA" in doctor.advice(described(usable_cores=2, logical_cores=2))[0]
     assert "no AVX-512" in doctor.advice(described(usable_cores=2, logical_cores=2, isa=AVX2))[0]

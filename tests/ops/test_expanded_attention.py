@@ -79,7 +79,7 @@ def check(case: Expanded) -> None:
     if out.dtype is torch.float32:
         allowed = TOLERANCE * bound
     else:
-        weights = 2 * BF16_HALF_ULP if library.isa() == "avx512bf16" else 0.0
+        weights = 2 * BF16_HALF_ULP if library.isa() in ("amx", "avx512bf16") else 0.0
         allowed = (TOLERANCE + weights) * bound + BF16_HALF_ULP * expected.abs()
     assert ((out.double() - expected).abs() <= allowed).all()
 

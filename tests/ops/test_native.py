@@ -260,6 +260,7 @@ def instruction_sets() -> list[str]:
         "avx2": {"avx2", "fma", "f16c"} <= set(flags),
         "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512vbmi"} <= set(flags),
         "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16"} <= set(flags),
+        "amx": {"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16", "amx_bf16", "amx_tile"} <= set(flags),
     }
     return [name for name, present in sets.items() if present and name != library.isa()]
 

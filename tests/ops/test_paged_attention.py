@@ -16,7 +16,7 @@ from kvern.ops import library, native_attention, reference
 
 BF16_HALF_ULP = 2.0**-8
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-"""Of queries and rows: BF16 over BF16 has kernels of its own on avx512bf16."""
+"""Of queries and rows: BF16 over BF16 has kernels of its own on avx512bf16 and amx."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,9 @@ def check(case: Paged) -> None:
     if out.dtype is torch.float32:
         allowed = TOLERANCE * bound
     else:  # weights may be BF16 too, and so their sum
-        weights = 2 * BF16_HALF_ULP if library.isa() == "avx512bf16" and case.rows.dtype is torch.bfloat16 else 0.0
+        weights = (
+            2 * BF16_HALF_ULP if library.isa() in ("amx", "avx512bf16") and case.rows.dtype is torch.bfloat16 else 0.0
+        )
         allowed = (TOLERANCE + weights) * bound + BF16_HALF_ULP * expected.abs()
     assert ((out.double() - expected).abs() <= allowed).all()
 

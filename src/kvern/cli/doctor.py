@@ -109,7 +109,9 @@ def advice(machine: Machine) -> list[str]:
 def _best_isa(flags: Iterable[str]) -> str:
     have = set(flags)
     if {"avx512f", "avx512bw", "avx512vl", "avx512vbmi"} <= have:
-        return "avx512bf16" if "avx512_bf16" in have else "avx512"
+        if "avx512_bf16" not in have:
+            return "avx512"
+        return "amx" if {"amx_bf16", "amx_tile"} <= have else "avx512bf16"
     return "avx2" if {"avx2", "fma", "f16c"} <= have else "scalar"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KNOWN_ISA = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_bf16", "avx512_vnni",
-             "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")  # fmt: skip
+             "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "i8mm", "sve")  # fmt: skip
 """Flags of /proc/cpuinfo that matter to matrix products; `Machine.isa` keeps this order."""
 
 
