@@ -140,7 +140,7 @@ def in_records(case: Paged) -> tuple[Paged, Paged]:
     rope = case.q.shape[2] - case.rank
     records = reference_latent8.encode_latents(case.rows.float(), case.rank)
     numbers = reference_latent8.decode_latents(records, case.rank, rope)
-    if library.isa() in (None, "avx512bf16"):
+    if library.isa() in (None, "amx", "avx512bf16"):
         numbers = numbers.to(case.q.dtype)
     return replace(case, rows=records), replace(case, rows=numbers)
 

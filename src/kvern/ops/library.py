@@ -1,8 +1,8 @@
 """The shared library of CPU kernels (csrc/), loaded through ctypes and declared.
 
 Where it was not built (no compiler at installation) `library` is None and `why_absent` tells why. ctypes drops the GIL,
-so a server's event loop runs meanwhile. KVERN_ISA=scalar|avx2|avx512|avx512bf16|amx forces a set of kernels. A process that
-forks keeps working: the child starts its own threads with its first call.
+so a server's event loop runs meanwhile. KVERN_ISA=scalar|avx2|avx512|avx512bf16|amx forces a set of kernels. A process
+that forks keeps working: the child starts its own threads with its first call.
 """
 
 from __future__ import annotations
