@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from tests.tiny import CONTEXT, FIM
 from kvern.engine import EngineSettings
 from kvern.errors import BadRequestError, CheckpointError, ConfigError, KvernError
 from kvern.llm import LLM, Piece, collect
-from kvern.text.messages import Message
+from kvern.text.conversation import Conversation
+from kvern.text.messages import Message, NamedTool, Tool
 from kvern.text.options import SamplingOptions
 
 
@@ -97,6 +99,20 @@ def test_the_checkpoint_recommends_and_the_caller_decides(tiny_folder: Path, tmp
     llm.chat("?")
     assert engine.asked[0].temperature == 0.0
     assert {3, 4, llm.tokenizer.eos_id} <= set(engine.asked[0].stop_token_ids)
+
+
+def test_an_answer_may_hold_calls(tiny_folder: Path) -> None:
+    llm, engine = scripted(tiny_folder, 'Yes.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|end|>')
+    engine.max_context = llm.max_context = 2000
+    chat = Conversation((Message("user", "hi"),), (Tool("f", None, {}),))
+    answer = llm.chat(chat)
+    assert [(call.name, call.arguments) for call in answer.tool_calls] == [("f", '{"a": 1}')]
+    assert (answer.content, answer.reasoning, answer.finish_reason) == ("Yes.", "", "tool_calls")
+    assert answer.text.endswith("</tool_call>")
+    assert list(llm.stream(chat)) == ["Y", "e", "s", "."]
+    engine.script = llm.tokenizer.encode(' {"a": 2}}')
+    forced = llm.chat(replace(chat, tool_choice=NamedTool("f")), min_tokens=3, max_tokens=len(engine.script))
+    assert [(call.name, call.arguments) for call in forced.tool_calls] == [("f", '{"a": 2}')]
 
 
 def test_too_long_names_both_lengths(tiny: LLM) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvern.errors import CheckpointError
+from kvern.text.stop import held_back
 from kvern.text.tokenizer import Tokenizer, _without_control
 
 
@@ -30,6 +31,11 @@ def test_byte_fallback_control_strings_stay_text(byte_fallback: Tokenizer) -> No
 def test_plain_and_full_encoder_agree_without_control_strings(byte_level: Tokenizer, text: str) -> None:
     assert byte_level._plain.encode(text).ids == byte_level.encode(text, allow_special=True)
     assert byte_level.decode(byte_level.encode(text)) == text
+
+
+@given(text=st.text(alphabet="<|im_end>/thk", max_size=12))
+def test_the_beginning_of_a_control_string_is_found(byte_level: Tokenizer, text: str) -> None:
+    assert byte_level.begun_control(text) == held_back(text, byte_level.control)
 
 
 def test_white_space_tokens_are_text(byte_level: Tokenizer) -> None:

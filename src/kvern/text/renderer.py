@@ -11,6 +11,7 @@ templates (text/templates), and all others get plain turns (`text.tool_prompt`).
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -36,6 +37,9 @@ PROBE = (
     Message("assistant", tool_calls=(ToolCall("probe00id", "probe_tool", ARGUMENTS),)),
     Message("tool", "probe_result", tool_call_id="probe00id"),
 )
+MAX_DEPTH = 64
+"""Of arguments that are read as an object."""
+
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
@@ -126,7 +130,7 @@ def tool_value(tool: Tool) -> Value:
 
 
 def _values(messages: Sequence[Message], objects: bool) -> list[Value]:
-    values = [message.as_template_value() for message in messages]
+    values = [message.as_template_value() for message in _in_call_order(messages)]
     for value in values:
         if "tool_calls" in value:
             value["content"] = value["content"] or None
@@ -135,12 +139,39 @@ def _values(messages: Sequence[Message], objects: bool) -> list[Value]:
     return values
 
 
+def _in_call_order(messages: Sequence[Message]) -> list[Message]:
+    """Results in the order of their calls: most formats do not say which result belongs to which call."""
+    ordered: list[Message] = []
+    places: dict[str | None, int] = {}
+    for is_result, run in itertools.groupby(messages, key=lambda message: message.role == "tool"):
+        turns = list(run)
+        if is_result:
+            turns.sort(key=lambda result: places.get(result.tool_call_id, len(places)))
+        else:
+            places = {call.id: place for place, call in enumerate(turns[-1].tool_calls)}
+        ordered += turns
+    return ordered
+
+
 def _as_object(arguments: str) -> Any:
     """What models write is not always JSON; then it stays text."""
     try:
-        return json.loads(arguments)
+        value = json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
+    return value if _depth(value) <= MAX_DEPTH else arguments
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [
+        part
+        for one in level
+        if isinstance(one, dict | list)
+        for part in (one.values() if isinstance(one, dict) else one)
+    ]:
+        depth += 1
+    return depth
 
 
 def _about_tools(messages: Sequence[Message | Value], tools: Sequence[Value]) -> bool:

@@ -27,7 +27,6 @@ from kvern.text.conversation import Conversation
 from kvern.text.messages import Message, NamedTool
 from kvern.text.parser import Parsing
 from kvern.text.renderer import Renderer
-from kvern.text.stop import held_back
 from kvern.text.tokenizer import Tokenizer
 
 Marker = Callable[[str], str]
@@ -118,7 +117,7 @@ class ChatTemplate:
         return [token_id for part in self._parts(render, text) for token_id in part]
 
     def _suspicious(self, text: str) -> bool:
-        return self._tokenizer.find_control(text) is not None or held_back(text.rstrip(), self._tokenizer.control) > 0
+        return self._tokenizer.find_control(text) is not None or self._tokenizer.begun_control(text.rstrip()) > 0
 
     def _parts(self, render: Callable[[Marker], str], text: str) -> Iterator[list[int]]:
         before, after = _unused_marks(text)
@@ -137,7 +136,7 @@ class ChatTemplate:
 
         def mark_end(text: str) -> str:
             body = text.rstrip()
-            cut = len(body) - held_back(body, self._tokenizer.control)
+            cut = len(body) - self._tokenizer.begun_control(body)
             return text if cut == len(body) else text[:cut] + before + text[cut:]
 
         def in_front(text: str) -> str:

@@ -82,6 +82,11 @@ class Tokenizer:
         """Return the first control string in `text`, or None."""
         return self.control_pattern.search(text)
 
+    def begun_control(self, text: str) -> int:
+        """Return the length of the longest end of `text` that is a proper beginning of a control string."""
+        longest = min(self._longest_control - 1, len(text))
+        return next((length for length in range(longest, 0, -1) if text[-length:] in self._control_beginnings), 0)
+
     def is_visible(self, token_id: int) -> bool:
         """Whether this id plays a part in `decode`: it is no special token and there is such a token."""
         return token_id not in self._special and self._full.id_to_token(token_id) is not None
@@ -116,6 +121,14 @@ class Tokenizer:
         return re.compile(
             "|".join(re.escape(token) for token in sorted(self.control, key=len, reverse=True)) or r"(?!)"
         )
+
+    @cached_property
+    def _control_beginnings(self) -> frozenset[str]:
+        return frozenset(text[:length] for text in self.control for length in range(1, len(text)))
+
+    @cached_property
+    def _longest_control(self) -> int:
+        return max(map(len, self.control), default=0)
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
