@@ -1,15 +1,20 @@
 """`kvern serve`: one model over HTTP, from a name or a folder to a URL and a curl line that can be pasted.
 
-The port is taken first and the memory is counted before any weight is read, so what cannot work fails at once.
+The port is taken first and the memory is counted before any weight is read, so what cannot work fails at once. Until
+the model is there no garbage is collected: half a million objects are made, nearly all stay, and looking through them
+again and again takes a seventh of the start.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import json
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then let the running answers end."""
     chosen = settings.load(settings.given(args), args.config)
-    with _listen(chosen.host, chosen.port) as listener:
+    with _listen(chosen.host, chosen.port) as listener, _collector_paused():
         folder = _model_folder(chosen.model)
         print(check_memory(folder, chosen), file=sys.stderr, flush=True)
         _say_what_is_missing()
@@ -85,6 +90,15 @@ def banner(url: str, name: str) -> str:
     )
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _say_what_is_missing() -> None:
     from kvern.ops import library
 
@@ -123,6 +137,8 @@ def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
     failures: list[KvernError] = []
 
     def loaded(result: LLM | KvernError) -> None:
+        gc.freeze()  # what is here now stays: later collections need not look at it
+        gc.enable()
         if isinstance(result, KvernError):
             failures.append(result)
             server.should_exit = True
