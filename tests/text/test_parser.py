@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvern.text.bare_calls import read_bare_calls
 from kvern.text.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
-from kvern.text.formats import BARE, HERMES, THINK, V3, V31, AnswerFormat
+from kvern.text.formats import BARE, HERMES, THINK, V3, V31, AnswerFormat, CallFormat
 from kvern.text.parser import PLAIN, AnswerParser, Parsing
+from kvern.text.patterns import Match, match
 
 FORMATS = {row.name: row for row in (V3, V31, HERMES, BARE)}
 FOLDER = Path(__file__).parent / "transcripts"
@@ -94,11 +96,35 @@ WORDS = ['"name"', '"arguments"', '"name": "get_weather"', "get_weather", "get_w
 SOUP = st.lists(st.sampled_from([*MARKUP, *WORDS]), max_size=25).map("".join)
 
 
-def visible(text: str) -> str:
-    """What remains of a text without white space and markup: it must come out again, whatever was parsed."""
-    for mark in (*V3.markup, *THINK, *HERMES.call, "```json", "```", "function", "get_weather", "name", "arguments"):
-        text = text.replace(mark, "")
-    return "".join(character for character in text if character not in ' \n\t`"{}:,\\')
+class Accounting(AnswerParser):
+    """Keeps what is dropped as markup, in the order of the text."""
+
+    def __init__(self, parsing: Parsing) -> None:
+        self.parts: list[tuple[str, str]] = []
+        super().__init__(parsing)
+
+    def _drop(self, length: int) -> None:
+        self.parts.append(("markup", self._buffer[:length]))
+        super()._drop(length)
+
+    def _cut(self, length: int) -> str:
+        self.parts.append(("text", self._buffer[:length]))
+        return super()._cut(length)
+
+
+def may_be_dropped(text: str, format: CallFormat, tools: frozenset[str]) -> bool:
+    """White space, tags of reasoning, or the markup of a call."""
+    rest = text.strip()
+    if not rest or rest in THINK or isinstance(read_bare_calls(text, tools, final=True), list):
+        return True
+    for mark in (*format.section, *format.call):
+        rest = rest.removeprefix(mark).lstrip()
+    whole = rest.partition(format.call[1] or "\0")[0]
+    loose = format.read_loosely(whole)
+    head = match((*format.head,), rest, final=True) if format.head else None
+    closing = [mark for mark in (format.section[1], format.call[1]) if mark]
+    ends = any(mark.startswith(text.strip().lstrip(format.tail)) for mark in closing)
+    return ends or not rest or bool(loose) or (isinstance(head, Match) and head.end == len(rest))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -109,10 +135,14 @@ def test_nothing_is_lost_and_cuts_do_not_matter(name: str, thinks: Any, text: st
     events = joined(read(how, [text]))
     places = data.draw(st.lists(st.integers(0, len(text)), max_size=8))
     assert joined(read(how, cut(text, places))) == events
-    out = "".join(event[-1] for event in events)
-    assert visible(out) == visible(text)
+    accounting = Accounting(how)
+    accounting.push(text)
+    accounting.finish()
+    assert "".join("".join(part for _, part in accounting.parts).split()) == "".join(text.split())
+    for kind, part in accounting.parts:
+        assert kind == "text" or may_be_dropped(part, how.format.calls, how.tools), part
     if not any(event[0] == "call" for event in events) and thinks == "never":
-        assert out == text
+        assert "".join(event[-1] for event in events) == text
 
 
 @given(text=SOUP)

@@ -126,8 +126,8 @@ class AnswerParser:
     def _reasoning(self) -> bool:
         at = self._buffer.find(self._close)
         if at >= 0:
-            self._emit(Reasoning(self._buffer[:at].rstrip()))
-            self._drop(at + len(self._close))
+            self._emit(Reasoning(self._cut(len(self._buffer[:at].rstrip()))))
+            self._drop(self._buffer.index(self._close) + len(self._close))
             self._skips_space = True
             return self._go(self._text)
         self._emit(Reasoning(self._cut(self._certain((self._close,)))))
@@ -160,8 +160,6 @@ class AnswerParser:
         if opening is None:
             return self._reject()
         head = match(self._format.head, self._buffer, opening.end, final=self._final)
-        if isinstance(head, Match) and head.end == len(self._buffer) and not self._final:
-            return False
         if isinstance(head, Match) and head.words[0] in self._parsing.tools and self._buffer.startswith("{", head.end):
             self._drop(head.end)
             self._start_call(head.words[0])
