@@ -171,6 +171,7 @@ def test_thinking_and_sampling() -> None:
     for effort, thinking in ((None, None), ("none", False), ("minimal", True), ("high", True)):
         request, items = parse(reasoning={"effort": effort, "summary": None})
         assert request.to_conversation(items).thinking is thinking
+        assert request.to_conversation(items, can_think=False).thinking is (None if thinking else thinking)
     request, _ = parse(max_output_tokens=9, temperature=0, top_p=0.5, seed=3)
     assert request.to_options().changes() == {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "seed": 3}
     request, _ = parse(include=["message.output_text.logprobs"], top_logprobs=2)

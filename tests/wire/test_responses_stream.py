@@ -24,7 +24,7 @@ from kvern.wire.responses_answer import Response
 from kvern.wire.responses_items import parse_items, to_messages
 from kvern.wire.responses_stream import ResponseBuilder, encode
 
-USAGE = Usage.of(7, 5, 3)
+USAGE = Usage.of(7, 5, 3, 1)
 ENDS: dict[str, Callable[[ResponseBuilder], list[dict[str, Any]]]] = {
     "completed": lambda builder: builder.finish("stop", USAGE),
     "incomplete": lambda builder: builder.finish("length", USAGE),
@@ -42,7 +42,7 @@ def builder(*, summary: bool = False, sealed: bool = False, logprobs: bool = Fal
 def run(made: ResponseBuilder, parts: Sequence[Event], end: str = "completed") -> list[dict[str, Any]]:
     events = [*made.start()]
     for part in parts:
-        events += made.piece(Piece("", (1,), events=(part,), reasoning_tokens=isinstance(part, Reasoning)))
+        events += made.piece(Piece("", (1,), events=(part,)))
     return events + ENDS[end](made)
 
 

@@ -144,7 +144,8 @@ async def input_items(request: Request, response_id: str) -> answer_wire.ItemLis
 def _prepare(llm: LLM, body: ResponsesRequest, items: list[Item]) -> Prepared:
     """Check and tokenise. Raises BadRequestError that names this dialect's fields."""
     try:
-        return llm.prepare_chat(body.to_conversation(items), body.to_options())
+        can_think = llm.template is not None and llm.template.can_think
+        return llm.prepare_chat(body.to_conversation(items, can_think), body.to_options())
     except BadRequestError as error:
         error.param = NAMES.get(error.param or "", error.param)
         raise

@@ -136,10 +136,11 @@ class ResponsesRequest(SamplingFields):
         """Whether the text comes with log-probabilities."""
         return LOGPROBS in self.include
 
-    def to_conversation(self, items: Sequence[Item]) -> Conversation:
+    def to_conversation(self, items: Sequence[Item], can_think: bool = True) -> Conversation:
         """What is to be answered, as the request path reads it; `items` are all that come before the answer.
 
-        Raises BadRequestError for items that are no conversation.
+        Clients send an effort to any model, so one that can not think just answers. Raises BadRequestError for items
+        that are no conversation.
         """
         messages = to_messages(items, self.instructions)
         if not messages:
@@ -147,6 +148,7 @@ class ResponsesRequest(SamplingFields):
         choice, allowed = _choice(self.tool_choice, self.functions)
         tools = tuple(tool.to_tool() for tool in self.functions if allowed is None or tool.name in allowed)
         thinking = None if self.reasoning.effort is None else self.reasoning.effort != "none"
+        thinking = None if thinking and not can_think else thinking
         return Conversation(tuple(messages), tools, choice, self.parallel_tool_calls, thinking)
 
     def to_options(self) -> SamplingOptions:

@@ -179,7 +179,6 @@ class ResponseBuilder:
         self._text: _OpenMessage | _OpenReasoning | None = None
         self._calls: dict[int, _OpenCall] = {}
         self._scores: list[ScoredToken] = []
-        self._reasoning_tokens = 0
         self._number = 0
 
     def start(self) -> list[Event]:
@@ -195,7 +194,6 @@ class ResponseBuilder:
         """The events of a piece; those of its end come with `finish`."""
         if self._logprobs:
             self._scores += piece.scores
-        self._reasoning_tokens += piece.reasoning_tokens
         return self._stamped([event for part in piece.events for event in self._take(part)])
 
     def finish(self, reason: FinishReason, usage: Usage) -> list[Event]:
@@ -203,7 +201,7 @@ class ResponseBuilder:
         cut = reason == "length"
         empty = [] if self._response.output else self._message_events("")
         closed = [*self._close_calls("incomplete"), *self._close_text("incomplete" if cut else "completed")]
-        self._response.usage = ResponseUsage.of(usage, self._reasoning_tokens)
+        self._response.usage = ResponseUsage.of(usage)
         if cut:
             self._response.incomplete_details = IncompleteDetails(reason="max_output_tokens")
         return self._stamped([*empty, *closed, self._end("incomplete" if cut else "completed")])
