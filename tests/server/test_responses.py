@@ -19,6 +19,8 @@ from tests.wire.test_responses_stream import read_back
 
 from kvern.engine import EngineSettings
 from kvern.llm import LLM
+from kvern.store import Store, responses
+from kvern.store.responses import StoredResponse
 from kvern.text.conversation import Conversation
 from kvern.text.messages import Message
 
@@ -358,6 +360,56 @@ def test_responses_expire(http: httpx.Client) -> None:
     made = create(http, max_output_tokens=1)
     assert http.get(f"/v1/responses/{made['id']}").status_code == 200
     wait_until(lambda: http.get(f"/v1/responses/{made['id']}").status_code == 404)
+
+
+def test_events_are_kept_within_bounds(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvern.server.running_responses.MAX_NOTED_BYTES", 20_000)
+    body = {**BODY, "max_output_tokens": 20, "background": True, "stream": True}
+    with (
+        serving(lambda: LLM(tiny_folder, engine=ScriptedEngine())) as running,
+        httpx.Client(base_url=running.url) as client,
+    ):
+        made = [data(client.post("/v1/responses", json=body))[0]["response"]["id"] for _ in range(6)]
+        again = [client.get(f"/v1/responses/{one}", params={"stream": "true"}).status_code for one in made]
+        assert again == sorted(again, reverse=True)
+        assert set(again) == {200, 400}
+        unfollowed = client.post("/v1/responses", json={**body, "stream": False}).json()["id"]
+        assert client.get(f"/v1/responses/{unfollowed}", params={"stream": "true"}).status_code == 400
+
+
+def test_responses_survive_a_restart(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = {"store": str(tmp_path / "store.sqlite")}
+    body = {**BODY, "max_output_tokens": 3}
+    with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine()), settings=settings) as running:
+        made = httpx.post(f"{running.url}/v1/responses", json=body).json()
+    store, now = Store(settings["store"]), int(time.time())
+    interrupted = {**made, "id": "resp_" + "a" * 24, "status": "in_progress"}
+    with store.write() as connection:
+        responses.save(connection, StoredResponse("", interrupted["id"], now, now + 99, [], interrupted))
+    store.close()
+    with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine()), settings=settings) as running:
+        path = f"{running.url}/v1/responses"
+        assert httpx.get(f"{path}/{made['id']}").json() == made
+        assert httpx.post(path, json={**body, "previous_response_id": made["id"]}).status_code == 200
+        lost = httpx.get(f"{path}/{interrupted['id']}").json()
+        assert (lost["status"], lost["error"]["code"]) == ("failed", "server_error")
+
+
+def test_an_answer_that_can_not_be_stored_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = {"store": str(tmp_path / "store.sqlite")}
+    with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine()), settings=settings) as running:
+        store = Store(settings["store"])
+        responses.METADATA.drop_all(store._engine)
+        store.close()
+        path = f"{running.url}/v1/responses"
+        whole = httpx.post(path, json={**BODY, "max_output_tokens": 3}).json()
+        assert (whole["status"], whole["store"]) == ("incomplete", False)
+        streamed = data(httpx.post(path, json={**BODY, "max_output_tokens": 3, "stream": True}))
+        assert (streamed[-1]["type"], streamed[-1]["response"]["store"]) == ("response.incomplete", False)
+        refused = httpx.post(path, json={**BODY, "background": True})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_failed")
+        assert httpx.get(f"{path}/{whole['id']}").status_code == 503
+        assert httpx.get(f"{running.url}/health").status_code == 200
 
 
 def test_a_fault_in_the_middle(http: httpx.Client, engine: ScriptedEngine) -> None:

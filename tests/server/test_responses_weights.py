@@ -31,9 +31,9 @@ WEATHER: Any = {
 def sdk() -> Iterator[openai.OpenAI]:
     if pulled_path(find_model(MODEL)) is None:
         pytest.skip(f"{MODEL} is not here: kvern pull {MODEL}")
-    engine = EngineSettings(max_context=2048, cache_tokens=4096)
+    llm = LLM(MODEL, settings=EngineSettings(max_context=2048, cache_tokens=4096))
     with (
-        serving(lambda: LLM(MODEL, settings=engine), settings={"max_body_bytes": 1 << 20}) as server,
+        serving(lambda: llm, settings={"max_body_bytes": 1 << 20}) as server,
         openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
         ) as client,
@@ -68,5 +68,11 @@ def test_a_call_there_and_back(sdk: openai.OpenAI) -> None:
     assert json.loads(call["arguments"])["city"].startswith("Rome")
     result: Any = {"type": "function_call_output", "call_id": call["call_id"], "output": "31 degrees Celsius, sunny"}
     made: Any = events[-1]["response"]
-    answer = ask(sdk, [result], previous_response_id=made["id"], tools=[WEATHER], tool_choice="none")
+    answer = ask(
+        sdk,
+        [result, {"role": "user", "content": "How many degrees is it, in one sentence?"}],
+        previous_response_id=made["id"],
+        tools=[WEATHER],
+        tool_choice="none",
+    )
     assert "31" in answer.output_text

@@ -97,10 +97,10 @@ async def get(request: Request, response_id: str) -> Response:
     await responses.get(owner, response_id)
     run = responses.followed(owner, response_id)
     if run is None:
-        hint = "those of background responses can, while they run and for a while after"
+        hint = "those made with background and stream can, while they run and for a while after"
         raise BadRequestError("the events of this response cannot be read again", hint=hint, param="stream")
     settings: ServeSettings = request.app.state.settings
-    return EventStream(_encoded(run.follow(after, settings.stream_keep_alive)), lambda: None)
+    return EventStream(run.follow(after, settings.stream_keep_alive), lambda: None)
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -170,8 +170,8 @@ async def _in_background(
     except BaseException:
         run.cancel()
         raise
-    responses.work(owner, response_id, run)
-    return EventStream(_encoded(run.follow(-1, patience)), lambda: None) if body.stream else _json(first)
+    responses.work(owner, response_id, run, followed=body.stream)
+    return EventStream(run.follow(-1, patience), lambda: None) if body.stream else _json(first)
 
 
 async def _whole(request: Request, run: Run, close: Callable[[], None]) -> Response:

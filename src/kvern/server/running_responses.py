@@ -24,11 +24,12 @@ from kvern.store import Store, responses
 from kvern.store.responses import StoredResponse
 from kvern.wire.responses_answer import failed_since
 from kvern.wire.responses_items import Item, named_response
-from kvern.wire.responses_stream import Event, ResponseBuilder
+from kvern.wire.responses_stream import Event, ResponseBuilder, encode
+from kvern.wire.stream import KEEP_ALIVE
 
 SWEEP_SECONDS = 60.0
-MOST_ENDED = 64
-"""Ended background streams whose events can still be read from anywhere on."""
+MAX_NOTED_BYTES = 32 * 2**20
+"""Of the events of background streams that have ended, for readers who come back; beyond that the oldest go first."""
 
 CANCEL_SECONDS = 5.0
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Run:
         self.ended = asyncio.Event()
         self._pieces = pieces
         self._answer = answer
-        self._noted: list[Event] = []
+        self._noted: list[bytes] = []
         self._news = asyncio.Event()
 
     async def produce(self) -> AsyncGenerator[list[Event]]:
@@ -73,21 +74,27 @@ class Run:
             self._answer.close()
             self.ended.set()
 
-    async def note(self) -> None:
-        """Draw everything, for whoever follows."""
+    async def note(self, followed: bool) -> None:
+        """Draw everything; with `followed` the events are kept for whoever follows."""
         async for events in self.produce():
-            self._noted += events
-            self._news.set()
+            if followed:
+                self._noted += [encode([event]) for event in events]
+                self._news.set()
         self._news.set()
 
-    async def follow(self, after: int, patience: float) -> AsyncGenerator[list[Event]]:
-        """The events behind number `after`, as they come; an empty list after `patience` seconds without any."""
+    @property
+    def noted_bytes(self) -> int:
+        """What the events take that are kept."""
+        return sum(map(len, self._noted))
+
+    async def follow(self, after: int, patience: float) -> AsyncGenerator[bytes]:
+        """The events behind number `after`, as they come; a comment after `patience` seconds without any."""
         position = after + 1
         while True:
             ready = self._noted[position:]
             if ready:
                 position += len(ready)
-                yield ready
+                yield b"".join(ready)
             elif self.ended.is_set():
                 return
             else:
@@ -95,7 +102,7 @@ class Run:
                 try:
                     await asyncio.wait_for(news.wait(), patience)
                 except TimeoutError:
-                    yield []
+                    yield KEEP_ALIVE
 
     @property
     def stored(self) -> bool:
@@ -139,7 +146,7 @@ class Run:
             await self.keep(last["response"])
         except KvernError as error:
             log.error("a response could not be stored: %s", error)
-            last["response"]["store"] = False
+            last["response"] = self.builder.not_stored()
 
 
 class Keep:
@@ -211,11 +218,12 @@ class Responses:
         """It ended, or its reader has gone."""
         self._runs.pop((owner, response_id), None)
 
-    def work(self, owner: str, response_id: str, run: Run) -> None:
-        """Compute it in the background."""
+    def work(self, owner: str, response_id: str, run: Run, followed: bool) -> None:
+        """Compute it in the background; with `followed` its events can be read, also again."""
         self.add(owner, response_id, run)
-        self._followed[owner, response_id] = run
-        task = asyncio.create_task(self._work(owner, response_id, run))
+        if followed:
+            self._followed[owner, response_id] = run
+        task = asyncio.create_task(self._work(owner, response_id, run, followed))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -285,13 +293,17 @@ class Responses:
         """A background response whose events are still there."""
         return self._followed.get((owner, response_id))
 
-    async def _work(self, owner: str, response_id: str, run: Run) -> None:
+    async def _work(self, owner: str, response_id: str, run: Run, followed: bool) -> None:
         try:
-            await run.note()
+            await run.note(followed)
         finally:
             self.remove(owner, response_id)
-            ended = [key for key, one in self._followed.items() if one.ended.is_set()]
-            for key in ended[:-MOST_ENDED]:
+            self._forget_events()
+
+    def _forget_events(self) -> None:
+        room = MAX_NOTED_BYTES
+        for key, run in list(reversed(self._followed.items())):
+            if run.ended.is_set() and (room := room - run.noted_bytes) < 0:
                 del self._followed[key]
 
     async def _find(self, owner: str, response_id: str) -> tuple[dict[str, Any], list[Item]]:

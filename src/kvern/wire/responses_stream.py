@@ -222,6 +222,11 @@ class ResponseBuilder:
         self._settle("in_progress")
         return self._response.model_dump()
 
+    def not_stored(self) -> dict[str, Any]:
+        """The object, which could not be stored after all."""
+        self._response.store = False
+        return self.response()
+
     def _take(self, part: Part) -> list[Event]:
         if isinstance(part, Content):
             return self._message_events(part.text)
