@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_config, tiny_model
 
 from kvern.engine import Engine, EngineSettings, SamplingParams, Update
-from kvern.engine.request import Request
+from kvern.engine.request import BACKGROUND, Request
 from kvern.engine.runner import Computed, Runner
 from kvern.engine.sampler import Row, sample
 from kvern.engine.scheduler import Chunk
@@ -250,7 +250,7 @@ def scenarios(draw: st.DrawFn) -> tuple[EngineSettings, list[Job]]:
                 prompt=(draw(st.sampled_from(BASES))[:length] + tail)[: room - 1],
                 params=replace(kind, max_tokens=draw(st.integers(1, 14))),
                 arrives=draw(st.integers(0, 12)),
-                priority=draw(st.sampled_from([0, 0, 0, 1, 2])),
+                priority=draw(st.sampled_from([0, 0, 0, 1, 2, BACKGROUND, BACKGROUND + 1])),
                 salt=draw(st.sampled_from([b"", b"", b"other"])),
                 cancelled=draw(st.one_of(st.none(), st.none(), st.none(), st.integers(0, 15))),
                 broken=draw(st.sampled_from([None, None, None, None, 0, 2])) if not kind.prompt_logprobs else None,

@@ -8,8 +8,8 @@ import pytest
 
 from kvern.engine import SamplingParams
 from kvern.engine.block_manager import BlockManager
-from kvern.engine.request import Request
-from kvern.engine.scheduler import Scheduler
+from kvern.engine.request import BACKGROUND, Request
+from kvern.engine.scheduler import BackgroundTokens, Scheduler
 
 SIZE = 4
 
@@ -197,3 +197,29 @@ def test_the_time_of_the_first_start_stays() -> None:
     assert times[0] is None
     assert times[1] is not None
     assert {*times[1:], one.started} == {times[1]}
+
+
+def test_background_requests_have_a_small_share_beside_others() -> None:
+    of = Scheduler(BlockManager(100, SIZE, True), 32, 8, BackgroundTokens(alone=6, beside=2))
+    for number in range(4):
+        of.add(request(number, 5, priority=BACKGROUND + number))
+    assert step(of) == {0: 5, 1: 1}
+    assert step(of) == {0: 1, 1: 4, 2: 1}
+    of.add(request(9, 40))
+    assert step(of) == {0: 1, 1: 1, 9: 30}
+    assert step(of) == {0: 1, 1: 1, 9: 10}
+    assert step(of) == {0: 1, 1: 1, 9: 1}
+    assert [of.room(one) > 0 for one in of.running] == [True, False, False, False]
+    of.remove(of.running[0])
+    assert step(of) == {0: 1, 1: 1, 2: 4}
+    assert of.room(of.running[0]) > 0
+
+
+def test_a_full_house_of_background_requests_makes_room() -> None:
+    of = Scheduler(BlockManager(8, SIZE, True), 32, 2, BackgroundTokens(alone=32, beside=1))
+    of.add(request(0, 14, priority=BACKGROUND))
+    of.add(request(1, 14, priority=BACKGROUND))
+    assert step(of) == {0: 14, 1: 14}
+    of.add(request(2, 20))
+    assert step(of) == {2: 20}
+    assert [one.id for one in of.running] == [2]

@@ -7,6 +7,10 @@ priority can free them, and nobody behind it enters before; only where another i
 them pass, until it finds that prefix in the cache. When blocks run out, the request that is last in order gives all of
 its blocks back and waits again; what it had computed stays in the prefix cache until it is overwritten. The first in
 order is never preempted, so it advances in every step, and so does everybody in turn.
+
+Background requests (of priority BACKGROUND and worse) have a smaller budget of their own, so that a step that an
+interactive request waits for is short; beside interactive requests it is smaller still, and they get no drafts. It is
+never 0: background work ends, too.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvern.engine.block_manager import BlockManager
-from kvern.engine.request import Request
+from kvern.engine.request import BACKGROUND, Request
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,27 @@ class Chunk:
     drafts: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class BackgroundTokens:
+    """Tokens of background requests in a step: while there are no others, and beside others."""
+
+    alone: int = 128
+    beside: int = 4
+
+
 class Scheduler:
     """Holds the running and the waiting requests, both in order."""
 
-    def __init__(self, blocks: BlockManager, step_tokens: int, max_running: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        step_tokens: int,
+        max_running: int,
+        background: BackgroundTokens = BackgroundTokens(),
+    ) -> None:
         self.blocks, self.step_tokens, self.max_running = blocks, step_tokens, max_running
+        self.background = background
+        self._beside = False
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.preemptions = 0
@@ -53,12 +73,13 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, blocks allocated; empty when there is nothing to do."""
         chunks: dict[int, Chunk] = {}
+        self._beside = any(one.priority < BACKGROUND for one in (*self.running, *self.waiting))
         for request in [one for one in self.running if one.pending == 1]:
             self._advance(request, chunks)
         others = [one for one in self.running if one.pending > 1] + self.waiting
         full = False
         for request in sorted(others, key=lambda one: one.order):
-            if not self._budget(chunks):
+            if not self._budget(request, chunks):
                 break
             if request not in self.running:
                 if full or self._is_being_computed(request):
@@ -68,7 +89,12 @@ class Scheduler:
         return list(chunks.values())
 
     def room(self, request: Request) -> int:
-        """Drafts for which there are blocks, behind the request's tokens, without anybody losing one."""
+        """Drafts for which there are blocks, behind the request's tokens, without anybody losing one.
+
+        None for a background request beside others.
+        """
+        if self._beside and request.priority >= BACKGROUND:
+            return 0
         return (len(request.blocks) + self.blocks.free_blocks) * self.blocks.block_size - len(request.tokens)
 
     def reserve(self, request: Request, drafts: int) -> None:
@@ -90,12 +116,17 @@ class Scheduler:
         unused, request.blocks = request.blocks[used:], request.blocks[:used]
         self.blocks.release(unused)
 
-    def _budget(self, chunks: dict[int, Chunk]) -> int:
-        return self.step_tokens - sum(chunk.count for chunk in chunks.values())
+    def _budget(self, request: Request, chunks: dict[int, Chunk]) -> int:
+        """Tokens of the step that are left for a request."""
+        left = self.step_tokens - sum(chunk.count for chunk in chunks.values())
+        if request.priority < BACKGROUND:
+            return left
+        most = self.background.beside if self._beside else self.background.alone
+        return min(left, most - sum(c.count for c in chunks.values() if c.request.priority >= BACKGROUND))
 
     def _advance(self, request: Request, chunks: dict[int, Chunk]) -> None:
         """Give a running request the chunk that budget and blocks allow."""
-        count = min(request.pending, self._budget(chunks))
+        count = min(request.pending, self._budget(request, chunks))
         if count and request in self.running and self._grow(request, count, chunks):
             chunks[request.id] = Chunk(request, count)
 
