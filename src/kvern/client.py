@@ -36,7 +36,7 @@ class Client:
         api_key: str | None = None,
         timeout: float = ANSWER_SECONDS,
     ) -> None:
-        self.url = _base(url)
+        self.url = api_root(url)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         limits = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=limits)
@@ -142,7 +142,8 @@ class Client:
             raise UnreachableError(f"the connection to {self.url} failed: {error}") from error
 
 
-def _base(url: str) -> str:
+def api_root(url: str) -> str:
+    """The URL up to and with `/v1`. Raises BadRequestError for what is no URL."""
     if not url.startswith(("http://", "https://")):
         raise BadRequestError(f"{url!r} is no URL", hint=f"an example: {DEFAULT_URL}", param="url")
     base = url.rstrip("/")

@@ -74,6 +74,9 @@ class ServeSettings(BaseSettings):
     max_body_bytes: int = Field(
         default=8 * 2**20, ge=1024, description="largest request body", json_schema_extra=SERVER
     )
+    run_batches: bool = Field(
+        default=True, description="work on the batches of this model, not only take them in", json_schema_extra=SERVER
+    )
     max_file_bytes: int = Field(
         default=200 * 2**20, ge=1024, description="largest file of /v1/files", json_schema_extra=SERVER
     )

@@ -19,6 +19,7 @@ from kvern.errors import ConfigError, KvernError
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("kvern.cli.serve", "answer OpenAI-compatible requests over HTTP"),
     "chat": ("kvern.cli.chat", "talk to a model here, or to any server"),
+    "batch": ("kvern.cli.batch", "answer every request of a file"),
     "pull": ("kvern.cli.pull", "download a known model and verify it"),
     "convert": ("kvern.cli.convert", "convert or import a model into a V3 checkpoint"),
     "bench": ("kvern.cli.bench", "measure the engine here, or any server"),

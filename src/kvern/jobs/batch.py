@@ -113,7 +113,9 @@ class BatchRunner:
                 noticed(await self._in_thread(self._batch, batch_id))
                 await asyncio.wait((working,), timeout=self._poll)
             await working
-            return await self._in_thread(self._batch, batch_id)
+            done = await self._in_thread(self._batch, batch_id)
+            noticed(done)
+            return done
         finally:
             await _end([working])
             self._threads.shutdown()

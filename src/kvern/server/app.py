@@ -39,12 +39,14 @@ def create_app(
     loaded: Callable[[LLM | KvernError], None] = lambda _: None,
     *,
     salt: Salt = one_tenant,
+    store: Store | None = None,
     buffer: int = BUFFER,
 ) -> FastAPI:
     """Build the application. `load` runs in the background once the server is up; `loaded` then gets its result.
 
-    `salt` tells whose prefixes a request may share; `buffer` bounds the updates that wait for a slow reader. Raises
-    ConfigError where the store of the settings can not be opened; it is closed when the application stops.
+    `salt` tells whose prefixes a request may share; `store` is used instead of the one that the settings name; `buffer`
+    bounds the updates that wait for a slow reader. Raises ConfigError where the store can not be opened; it is closed
+    when the application stops.
     """
 
     @asynccontextmanager
@@ -65,7 +67,7 @@ def create_app(
     app.state.batching = Batching()
     app.state.host.before_draining.append(app.state.batching.stop)
     app.state.salt = with_owners(salt)
-    app.state.store = Store(settings.store or default_path())
+    app.state.store = store or Store(settings.store or default_path())
     app.state.responses = Responses(app.state.store, settings.response_ttl)
     app.state.aliases = Aliases(settings.model_alias)
     app.state.started = int(time.time())
@@ -81,7 +83,8 @@ async def _load(app: FastAPI, loaded: Callable[[LLM | KvernError], None]) -> Non
     host: EngineHost = app.state.host
     try:
         await host.start()
-        app.state.batching.start(app, host.llm)
+        if app.state.settings.run_batches:
+            app.state.batching.start(app, host.llm)
         loaded(host.llm)
     except KvernError as error:
         loaded(error)

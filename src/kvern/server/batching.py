@@ -8,19 +8,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from fastapi import FastAPI
 
+from kvern.errors import KvernError
+from kvern.jobs.asking import Ask
 from kvern.jobs.batch import BatchRunner, Model
 from kvern.jobs.batch_input import Limits
 from kvern.llm import LLM
 from kvern.server.aliases import Aliases
 from kvern.server.inside import inside
 from kvern.settings import ServeSettings
+from kvern.store import Store
 from kvern.wire.batches import MAX_LINES
 
+OFFLINE_BODY_BYTES = 64 * 2**20
 log = logging.getLogger(__name__)
 
 
@@ -34,11 +39,9 @@ class Batching:
     def start(self, app: FastAPI, llm: LLM) -> None:
         """Work on the batches of the store that are for this model."""
         settings: ServeSettings = app.state.settings
-        aliases: Aliases = app.state.aliases
-        model = Model(llm.name, revision(llm), lambda name: aliases.resolve(name, llm.name) == llm.name)
         self._runner = BatchRunner(
             app.state.store,
-            model,
+            _model(app, llm),
             inside(app),
             limits=Limits(MAX_LINES, settings.max_body_bytes),
             parallel=parallel(settings),
@@ -82,6 +85,30 @@ def revision(llm: LLM) -> str:
     return digest.hexdigest()
 
 
+def _model(app: FastAPI, llm: LLM) -> Model:
+    aliases: Aliases = app.state.aliases
+    return Model(llm.name, revision(llm), lambda name: aliases.resolve(name, llm.name) == llm.name)
+
+
 def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("the batches of this server stopped", exc_info=error)
+
+
+@asynccontextmanager
+async def offline(load: Callable[[], LLM], store: Store) -> AsyncIterator[tuple[Model, Ask]]:
+    """A model in this process, asked as a server is, without one. Raises what `load` raises."""
+    from kvern.server.app import create_app
+
+    loading: asyncio.Future[LLM] = asyncio.get_running_loop().create_future()
+
+    def loaded(result: LLM | KvernError) -> None:
+        if isinstance(result, KvernError):
+            loading.set_exception(result)
+        else:
+            loading.set_result(result)
+
+    app = create_app(load, ServeSettings(run_batches=False, max_body_bytes=OFFLINE_BODY_BYTES), loaded, store=store)
+    async with app.router.lifespan_context(app):
+        llm = await loading
+        yield _model(app, llm), inside(app)
