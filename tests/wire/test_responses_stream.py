@@ -39,10 +39,13 @@ def builder(*, summary: bool = False, sealed: bool = False, logprobs: bool = Fal
     return ResponseBuilder(response, summary=summary, sealed=sealed, logprobs=logprobs)
 
 
-def run(made: ResponseBuilder, parts: Sequence[Event], end: str = "completed") -> list[dict[str, Any]]:
+def run(
+    made: ResponseBuilder, parts: Sequence[Event], end: str = "completed", together: int = 1
+) -> list[dict[str, Any]]:
+    """All events of an answer whose pieces hold `together` parts each."""
     events = [*made.start()]
-    for part in parts:
-        events += made.piece(Piece("", (1,), events=(part,)))
+    for at in range(0, len(parts), together):
+        events += made.piece(Piece("", (1,), events=tuple(parts[at : at + together])))
     return events + ENDS[end](made)
 
 
@@ -88,6 +91,7 @@ def read_back(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             assert event.get("text", event.get("arguments")) == text[at]
     last = events[-1]["response"]
     assert kinds[-1] == {"cancelled": "incomplete"}.get(last["status"], last["status"])
+    assert len({item["id"] for item in last["output"]}) == len(last["output"])
     assert [item["id"] for item in last["output"]] == [items[at]["id"] for at in sorted(items)]
     for at, item in enumerate(last["output"]):
         assert item == done.get(at, item)
@@ -133,14 +137,15 @@ def answers(draw: st.DrawFn) -> list[Event]:
     st.booleans(),
     st.booleans(),
     st.integers(min_value=0, max_value=40),
+    st.integers(min_value=1, max_value=9),
 )
 def test_every_stream_is_in_order(
-    parts: list[Event], end: str, summary: bool, sealed: bool, background: bool, cut: int
+    parts: list[Event], end: str, summary: bool, sealed: bool, background: bool, cut: int, together: int
 ) -> None:
     """Also where the answer ends in the middle of an item."""
     made = builder(summary=summary, sealed=sealed, background=background, tools=[F])
     parts = parts[:cut]
-    events = run(made, parts, end)
+    events = run(made, parts, end, together)
     items = read_back(events)
     check_types(events)
     assert made.response() == events[-1]["response"]
