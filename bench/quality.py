@@ -7,8 +7,8 @@
     difference of -log p(next token).
 
 All run here, in float32, with the same code: only weights differ. q4_0 and q4_k_m are llama.cpp's own files, made by
-its llama-quantize from the same BF16 weights and dequantised by `gguf`. `cache-fp8` rounds the latent part of the cache
-to E4M3 with one scale a token, and leaves the rotated part and the weights alone.
+its llama-quantize from the same BF16 weights and dequantised by `gguf`. `cache-fp8` computes with the weights of BF16
+over the engine's own FP8 cache (`--cache-dtype fp8`), from which every token reads the others and itself.
 
 The weights: published GGUF files are quantised already, which favours formats on the same grid. The reference has that
 rounding undone at random (`bench.dither`); --as-published leaves it. The text: `TEXTS`, files of packages that the
@@ -41,9 +41,9 @@ from kvern.checkpoint.load import load
 from kvern.checkpoint.local import cache_folder, pulled_path
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.target import LINEAR, float_shape, weight_name
+from kvern.engine.cache import RECORDS, PagedCache, Span
 from kvern.errors import NotFoundError
 from kvern.model import ForwardBatch, Transformer
-from kvern.model.batch import BatchLatents
 from kvern.text.tokenizer import Tokenizer
 
 TEXTS = (
@@ -71,6 +71,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 THEIRS = ("q4_0", "q4_k_m")
 CACHE = "cache-fp8"
+CACHE_BLOCK = 16
 FORMATS = (*list(OURS)[1:], *THEIRS, CACHE)
 
 
@@ -114,20 +115,6 @@ class Measured:
             top1=float(torch.cat(self.same).double().mean()),
             perplexity_ratio=math.exp(float(torch.cat(self.worse).mean())),
         )
-
-
-class RoundedLatents(BatchLatents):
-    """The latents of a batch as an FP8 cache would give them back: E4M3 with one scale a token for the first `rank`."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-
-    def extend(self, layer: int, latents: Tensor) -> None:
-        head = latents[:, : self.rank]
-        scale = head.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
-        rounded = (head / scale).to(torch.float8_e4m3fn).to(latents.dtype) * scale
-        super().extend(layer, torch.cat([rounded, latents[:, self.rank :]], dim=-1))
 
 
 class Workshop:
@@ -219,11 +206,13 @@ def windows(tokenizer: Tokenizer, length: int, per_file: int) -> Iterator[list[i
 
 
 @torch.inference_mode()
-def logits(model: Transformer, ids: Sequence[int], rounded_cache: bool) -> Tensor:
+def logits(model: Transformer, ids: Sequence[int], fp8_cache: bool) -> Tensor:
     """[T, vocabulary] float32 of all tokens but the last."""
     batch = ForwardBatch.of(list(ids[:-1]))
-    if rounded_cache:
-        batch = replace(batch, cache=RoundedLatents(model.config.kv_lora_rank))
+    if fp8_cache:
+        blocks = -(-len(batch.tokens) // CACHE_BLOCK)
+        cache = PagedCache(model.config, blocks, CACHE_BLOCK, RECORDS)
+        batch = replace(batch, cache=cache.step([Span(range(blocks), 0, len(batch.tokens))]))
     found: Tensor = model(batch)
     return found
 

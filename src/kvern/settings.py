@@ -123,6 +123,11 @@ class ServeSettings(BaseSettings):
         description="tokens that the cache holds; default: up to 8 full contexts in half the free memory",
         json_schema_extra=ENGINE,
     )
+    cache_dtype: Literal["auto", "fp8"] = Field(
+        default="auto",
+        description="of the latent cache; auto: the activations'; fp8: about half of BF16, for a little quality",
+        json_schema_extra=ENGINE,
+    )
     prefix_caching: bool = Field(
         default=True, description="keep the cache of prompts that may come again", json_schema_extra=ENGINE
     )

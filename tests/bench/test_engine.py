@@ -54,6 +54,13 @@ def test_a_prefill_row(model: Transformer, case: Case) -> None:
     assert row.stages is None
 
 
+def test_a_row_over_an_fp8_cache_counts_its_bytes(model: Transformer) -> None:
+    case = Case("prefill", 40, 1, 96)
+    rows = [EngineBench(model, [case], read=10.0, cache_dtype=dtype).run(case) for dtype in ("auto", "fp8")]
+    records = 2 * (16 + 4 + 2 * 8)
+    assert (rows[0].bytes_per_token - rows[1].bytes_per_token) * 40 == pytest.approx((96 + 40) * (ROW - records))
+
+
 @pytest.mark.parametrize("case", [Case("decode", 6, 3, 96), Case("decode", 5, 1, 0)])
 def test_a_decode_row(model: Transformer, case: Case) -> None:
     row = EngineBench(model, [case], read=10.0).run(case)

@@ -28,6 +28,7 @@ def test_deepseek_v3_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["parameters"] == 671_026_419_200
     assert abs(found["active_parameters"] / 36.6e9 - 1) < 0.005
     assert found["latent_bytes_per_token"] == 70_272
+    assert found["latent8_bytes_per_token"] == 40_016
     assert found["mha_bytes_per_token"] == 3_997_696
     assert found["checkpoint_bytes"] == 688_574_839_360
 

@@ -92,6 +92,8 @@ def test_what_cannot_fit_is_refused_with_numbers(
     assert caught.value.hint == hint
     if tokens:
         assert f"for {tokens} tokens" in check_memory(tiny_folder, ServeSettings(model="tiny-v3", max_context=tokens))
+        small = ServeSettings(model="tiny-v3", max_context=tokens * 192 // 76, cache_dtype="fp8")  # bytes: float32, FP8
+        assert f"for {tokens * 192 // 76} tokens" in check_memory(tiny_folder, small)
         assert "for 90 tokens" in check_memory(tiny_folder, ServeSettings(model="tiny-v3", cache_tokens=90))
 
 
@@ -99,6 +101,7 @@ def test_settings_reach_the_engine() -> None:
     chosen = ServeSettings(
         max_context=100,
         cache_tokens=200,
+        cache_dtype="fp8",
         step_tokens=30,
         max_running=8,
         max_waiting=5,

@@ -15,6 +15,8 @@ def test_deepseek_v3_weighs_what_the_report_says() -> None:
     assert v3.parameters == 671_026_419_200
     assert abs(v3.active_parameters / 36.6e9 - 1) < 0.005
     assert v3.latent_bytes_per_token == 70_272
+    assert v3.latent8_bytes_per_token == 61 * 656
+    assert v3.cache_bytes(3, fp8=True) == 3 * 61 * 656
     assert v3.mha_bytes_per_token == 3_997_696
     assert v3.checkpoint_bytes == 688_574_839_360
     assert abs(v3.mtp_parameters / 11.61e9 - 1) < 0.001

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvern.engine import Engine, SamplingParams
+from kvern.engine.cache import stored_rows
 from kvern.model import ForwardBatch, Model, PackedTransformer
 from kvern.model.packed import PackedStep
 
@@ -36,14 +37,14 @@ class RandomLatents(nn.Module):
 class RandomRows:
     """Stands for packed layers: stores such rows for the batch's tokens, and x stays as it came."""
 
-    def __init__(self, rows_RD: Tensor) -> None:
-        self.rows_RD = rows_RD
+    def __init__(self, rank: int, rows_RD: Tensor) -> None:
+        self.rank, self.rows_RD = rank, rows_RD
 
     def __call__(self, step: PackedStep, first: int, count: int) -> None:
         """Only the rows of the step's tokens are written."""
         for layer in range(first, first + count):
-            rows = step.pages.rows[layer]
-            rows.index_copy_(0, step.slots, self.rows_RD[layer : layer + len(step.slots)].to(rows.dtype))
+            rows, random = step.pages.rows[layer], self.rows_RD[layer : layer + len(step.slots)]
+            rows.index_copy_(0, step.slots, stored_rows(random, self.rank, rows.dtype))
 
 
 def fill(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
@@ -63,7 +64,7 @@ def random_latents(model: Model, most_tokens: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     rows_RD = torch.randn(most_tokens + count, config.latent_dim, generator=generator).to(model.activation_dtype)
     if isinstance(model, PackedTransformer):
-        packed_layers, model.layers = model.layers, RandomRows(rows_RD)
+        packed_layers, model.layers = model.layers, RandomRows(config.kv_lora_rank, rows_RD)
         try:
             yield
         finally:

@@ -22,7 +22,7 @@ from kvern.bench.depth import fill
 from kvern.bench.stages import stopwatches
 from kvern.bench.traffic import cache_row_bytes, counted_bytes
 from kvern.engine import Engine, SamplingParams
-from kvern.engine.settings import EngineSettings
+from kvern.engine.settings import CacheDtype, EngineSettings
 from kvern.model import Model
 from kvern.ops import library
 from kvern.plan.hardware import machine
@@ -89,12 +89,12 @@ def cases(prompts: Sequence[int], decode: int, depths: Sequence[int], batches: S
     return prefill + [Case("decode", decode, batch, depth) for batch in batches if decode for depth in whole]
 
 
-def why_not(case: Case, model: Model) -> str | None:
+def why_not(case: Case, model: Model, cache_dtype: CacheDtype = "auto") -> str | None:
     """Why a case cannot run on this machine, with numbers, or None."""
     limit = model.config.max_position_embeddings
     if case.context > limit:
         return f"needs a context of {case.context} tokens, the model has {limit}"
-    needed, free = case.cache_tokens * cache_row_bytes(model), machine().memory_available
+    needed, free = case.cache_tokens * cache_row_bytes(model, cache_dtype), machine().memory_available
     if needed > free:
         return f"needs {needed / 2**30:.1f} GiB of cache, {free / 2**30:.1f} GiB are free"
     return None
@@ -115,10 +115,13 @@ def read_gb_s(nbytes: int = READ_BYTES) -> float:
 class EngineBench:
     """An engine of its own, large enough for every case."""
 
-    def __init__(self, model: Model, todo: Sequence[Case], read: float, *, seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, todo: Sequence[Case], read: float, *, cache_dtype: CacheDtype = "auto", seed: int = 0
+    ) -> None:
         most = max(case.batch for case in todo)
         settings = EngineSettings(
             cache_tokens=max(case.cache_tokens for case in todo) + 4 * BLOCK,
+            cache_dtype=cache_dtype,
             block_size=BLOCK,
             step_tokens=max(STEP_TOKENS, most),
             max_running=most,
@@ -147,7 +150,7 @@ class EngineBench:
         self, case: Case, prompts: list[list[int]], stages: bool
     ) -> tuple[float, int, dict[str, float] | None]:
         first, second = (prompts[0] + self._tokens(case.tokens) for _ in range(2))
-        with counted_bytes(self.model) as read:
+        with counted_bytes(self.model, self.engine.settings.cache_dtype) as read:
             seconds, _ = self._prefill(first, case.depth)
         if not stages:
             return seconds, read(), None
@@ -175,7 +178,7 @@ class EngineBench:
         for update in self.engine.step():
             _expect(case.depth, update.cached_tokens, "cached tokens")
         self._decode(WARM_STEPS, case.batch)
-        with counted_bytes(self.model) as read:
+        with counted_bytes(self.model, self.engine.settings.cache_dtype) as read:
             start = time.perf_counter()
             self._decode(case.tokens, case.batch)
             seconds = time.perf_counter() - start
@@ -198,9 +201,11 @@ class EngineBench:
         return self._random.choices(range(self.engine.vocab_size), k=count)
 
 
-def measure(model: Model, todo: Sequence[Case], read: float, *, stages: bool = False) -> Iterator[EngineRow]:
+def measure(
+    model: Model, todo: Sequence[Case], read: float, *, cache_dtype: CacheDtype = "auto", stages: bool = False
+) -> Iterator[EngineRow]:
     """The rows of `todo`, one by one; every case must be able to run (`why_not`)."""
-    bench = EngineBench(model, todo, read)
+    bench = EngineBench(model, todo, read, cache_dtype=cache_dtype)
     for case in todo:
         yield bench.run(case, stages=stages)
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvern.engine.cache import row_bytes, rows_dtype
+from kvern.engine.settings import CacheDtype
 from kvern.model import ForwardBatch, Model, PackedTransformer, Transformer
 from kvern.model.moe import MoE
 from kvern.ops import packed
@@ -84,13 +86,13 @@ class Traffic:
 
 
 @contextmanager
-def counted_bytes(model: Model) -> Iterator[Callable[[], int]]:
+def counted_bytes(model: Model, cache_dtype: CacheDtype = "auto") -> Iterator[Callable[[], int]]:
     """A function that tells the bytes which the forward passes of the block had to read."""
     if isinstance(model, PackedTransformer):
         with packed_counters(model) as counters:
             yield lambda: counters["weight_bytes"] + counters["cache_bytes"]
         return
-    weights, cache_row = Weights.of(model), cache_row_bytes(model)
+    weights, cache_row = Weights.of(model), cache_row_bytes(model, cache_dtype)
     with recorded(model) as traffic:
         yield lambda: traffic.bytes(weights, cache_row)
 
@@ -107,9 +109,9 @@ def packed_counters(model: PackedTransformer) -> Iterator[dict[str, int]]:
         model.counters = None
 
 
-def cache_row_bytes(model: Model) -> int:
+def cache_row_bytes(model: Model, cache_dtype: CacheDtype = "auto") -> int:
     """Bytes of one token's latents, in all layers that decoding runs."""
-    return model.config.num_hidden_layers * model.config.latent_dim * model.activation_dtype.itemsize
+    return model.config.num_hidden_layers * row_bytes(model.config, rows_dtype(model.activation_dtype, cache_dtype))
 
 
 @contextmanager

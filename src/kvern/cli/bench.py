@@ -20,6 +20,7 @@ from kvern.errors import BadRequestError, KvernError, NotEnoughMemoryError
 if TYPE_CHECKING:
     from kvern.bench.engine import Case
     from kvern.bench.load import RateRow, Target
+    from kvern.engine.settings import CacheDtype
     from kvern.model import Model
 
 HELP = "measure the engine in this process, or a server through raw sockets"
@@ -42,6 +43,7 @@ examples:
 """
 KEY_VARIABLE = "KVERN_API_KEY"
 DTYPES = ("auto", "bf16", "f32")
+CACHE_DTYPES = ("auto", "fp8")
 BUSY = 1.0
 """Load of the machine, before the measurement, from which its figures are marked."""
 
@@ -96,6 +98,7 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences that decode together (1,8,16,32)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the activations; auto suits this machine")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="auto", help="of the latent cache")
     parser.add_argument("--unpacked", action="store_true", help="run the layers from the checkpoint's own files")
     parser.add_argument(
         "--threads", type=_count, metavar="N", help="threads to compute with (default: every usable core)"
@@ -143,15 +146,16 @@ def _engine(args: argparse.Namespace) -> int:
 
     with _quiet_machine():
         model = _load(args)
-        todo = list(_possible(bench.cases(args.prompt, args.decode, args.depth, args.batch), model))
+        todo = list(_possible(bench.cases(args.prompt, args.decode, args.depth, args.batch), model, args.cache_dtype))
         read = bench.read_gb_s()
         title = (
             f"{args.model}, {machine().cpu}, kernels {library.isa() or 'none'}, {library.threads()} threads, "
-            f"{str(model.activation_dtype).removeprefix('torch.')} activations, read {read:.1f} GB/s"
+            f"{str(model.activation_dtype).removeprefix('torch.')} activations, "
+            f"{'FP8 cache, ' if args.cache_dtype == 'fp8' else ''}read {read:.1f} GB/s"
         )
         _say(title)
         rows = []
-        for row in bench.measure(model, todo, read, stages=args.stages):
+        for row in bench.measure(model, todo, read, cache_dtype=args.cache_dtype, stages=args.stages):
             rows.append(row)
             _say(f"{len(rows)}/{len(todo)}: {todo[len(rows) - 1]}: {row.tokens_per_s:.1f} tokens/s")
     if args.json:
@@ -178,11 +182,11 @@ def _load(args: argparse.Namespace) -> Model:
         return open_model(resolve(args.model, progress), args.dtype, pack=not args.unpacked, progress=progress)
 
 
-def _possible(cases: list[Case], model: Model) -> Iterator[Case]:
+def _possible(cases: list[Case], model: Model, cache_dtype: CacheDtype) -> Iterator[Case]:
     """The cases that can run; the others are named with the reason. Raises when none is left."""
     from kvern.bench.engine import why_not
 
-    left_out = {case: reason for case in cases if (reason := why_not(case, model)) is not None}
+    left_out = {case: reason for case in cases if (reason := why_not(case, model, cache_dtype)) is not None}
     for case, reason in left_out.items():
         _say(f"left out: {case}: {reason}")
     if len(left_out) == len(cases):

@@ -123,6 +123,7 @@ def _account(config: ModelConfig, machine: Machine) -> Report:
         "parameters": counted.parameters,
         "active_parameters": counted.active_parameters,
         "latent_bytes_per_token": counted.latent_bytes_per_token,
+        "latent8_bytes_per_token": counted.latent8_bytes_per_token,
         "mha_bytes_per_token": counted.mha_bytes_per_token,
         "checkpoint_bytes": counted.checkpoint_bytes,
         "fits_in_memory": counted.checkpoint_bytes <= machine.memory_available,
@@ -191,10 +192,11 @@ def _print(report: Report) -> None:
 
 def _account_facts(report: Report) -> dict[str, str]:
     latent, heads = report["latent_bytes_per_token"], report["mha_bytes_per_token"]
+    fp8 = report["latent8_bytes_per_token"]
     return {
         "parameters": f"{report['parameters']:,}",
         "active a token": f"{report['active_parameters']:,} (head counted, embedding not)",
-        "latent cache": f"{latent:,} bytes a token (BF16)",
+        "latent cache": f"{latent:,} bytes a token (BF16), {fp8:,} with --cache-dtype fp8",
         "as multi-head": f"{heads:,} bytes a token with the same heads: {heads / latent:.1f} times more",
         "checkpoint": f"{_size(report['checkpoint_bytes'])}, {_fits(report)}",
     }

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
 def check_memory(folder: Path, chosen: ServeSettings) -> str:
     """Say what the model needs at least (one full context) and what there is.
 
-    The cache grows with use, up to eight contexts and half of what is free, and is FP32 unless dtype is bf16. Raises
+    The cache grows with use, up to eight contexts and half of what is free, and is FP32 unless dtype is bf16 or
+    cache_dtype is fp8. Raises
     NotEnoughMemoryError with the numbers when not even the least fits.
     """
     from kvern.config import ModelConfig
@@ -63,18 +64,19 @@ def check_memory(folder: Path, chosen: ServeSettings) -> str:
     from kvern.plan.memory import account
 
     config = ModelConfig.load(folder)
-    counted, wide = account(config), 1 if chosen.dtype == "bf16" else 2
+    counted, fp8 = account(config), chosen.cache_dtype == "fp8"
+    token = counted.cache_bytes(1, fp8=fp8) * (1 if fp8 or chosen.dtype == "bf16" else 2)
     in_memory = {"auto": counted.checkpoint_bytes, "bf16": 2 * counted.parameters, "f32": 4 * counted.parameters}
     weights = in_memory[chosen.dtype]
     context = min(chosen.max_context or config.max_position_embeddings, config.max_position_embeddings)
     context = chosen.cache_tokens or context
-    cache, available = wide * counted.cache_bytes(context), machine().memory_available
+    cache, available = token * context, machine().memory_available
     line = (
         f"memory: {_gib(weights)} weights + {_gib(cache)} cache for {context:,} tokens "
         f"= {_gib(weights + cache)} of {_gib(available)} available"
     )
     if weights + cache > available:
-        room = (available - weights) // (wide * counted.cache_bytes(1))
+        room = (available - weights) // token
         hint = f"--max-context {room} would fit" if room >= 2 else "a machine with more memory, or a smaller model"
         raise NotEnoughMemoryError(f"{chosen.model} does not fit: {line}", hint=hint)
     return line
@@ -164,6 +166,7 @@ def engine_settings(chosen: ServeSettings) -> EngineSettings:
     return EngineSettings(
         max_context=chosen.max_context,
         cache_tokens=chosen.cache_tokens,
+        cache_dtype=chosen.cache_dtype,
         step_tokens=chosen.step_tokens,
         max_running=chosen.max_running,
         max_waiting=chosen.max_waiting,

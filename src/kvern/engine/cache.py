@@ -1,7 +1,9 @@
 """The paged latent cache: kv_lora_rank + qk_rope_head_dim numbers a token and layer, 98 % under plain MHA.
 
-    rows[layer, block * block_size + offset] = the latent of one token
+    rows[layer, block * block_size + offset] = the latent of one token, in the activations' dtype
+                                             or, in FP8, as a record of bytes (`ops.reference_latent8`), half of BF16
 
+All rows of a cache have one dtype for as long as it lives, so blocks that requests share never mix two.
 Memory is reserved for all blocks and touched as they fill. `PagedCache.step` gives a view for one forward pass: where
 its tokens go and which blocks each sequence reads.
 """
@@ -19,7 +21,34 @@ from torch import Tensor
 
 from kvern import ops
 from kvern.config import ModelConfig
+from kvern.engine.settings import CacheDtype
 from kvern.model import ForwardBatch
+from kvern.plan.memory import latent8_bytes
+
+RECORDS = torch.uint8
+"""The dtype of rows that are records of an FP8 cache."""
+
+
+def rows_dtype(activations: torch.dtype, chosen: CacheDtype) -> torch.dtype:
+    """What the rows of a cache are stored in."""
+    return RECORDS if chosen == "fp8" else activations
+
+
+def row_width(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Elements of a row: numbers, or bytes of a record."""
+    if dtype is RECORDS:
+        return latent8_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
+    return config.latent_dim
+
+
+def row_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a token in one layer."""
+    return row_width(config, dtype) * dtype.itemsize
+
+
+def stored_rows(latent_TD: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """Latents [T, latent_dim] as rows of a cache."""
+    return ops.encode_latents(latent_TD, rank) if dtype is RECORDS else latent_TD.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -32,12 +61,21 @@ class Span:
 
 
 class PagedCache:
-    """Rows [layers, blocks * block_size, latent_dim] in `dtype`."""
+    """Rows [layers, blocks * block_size, latent_dim] in `dtype`, or records of latent8_bytes where that is RECORDS."""
 
     def __init__(self, config: ModelConfig, blocks: int, block_size: int, dtype: torch.dtype) -> None:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        self.block_size = block_size
-        self.rows = torch.empty(layers, blocks * block_size, config.latent_dim, dtype=dtype)
+        self.block_size, self.rank, self.rope = block_size, config.kv_lora_rank, config.qk_rope_head_dim
+        self.rows = torch.empty(layers, blocks * block_size, row_width(config, dtype), dtype=dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows; RECORDS in FP8."""
+        return self.rows.dtype
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """[C, latent_dim] of rows [C, ..]; float32 of records."""
+        return ops.decode_latents(rows, self.rank, self.rope) if self.dtype is RECORDS else rows
 
     def step(self, spans: Sequence[Span]) -> StepCache:
         """The view of one forward pass over `spans`, in the batch's order."""
@@ -84,7 +122,7 @@ class StepCache:
 
     @property
     def rows(self) -> Tensor:
-        """[layers, N, latent_dim] of the whole cache."""
+        """Those of the whole cache, see PagedCache."""
         return self.cache.rows
 
     @property
@@ -94,17 +132,17 @@ class StepCache:
 
     def extend(self, layer: int, latent_TD: Tensor) -> None:
         """Store the latents of all tokens of the step."""
-        self.cache.rows[layer].index_copy_(0, self.slots, latent_TD.to(self.cache.rows.dtype))
+        self.cache.rows[layer].index_copy_(0, self.slots, stored_rows(latent_TD, self.cache.rank, self.cache.dtype))
 
     def context(self, layer: int, sequence: int, span: slice) -> Tensor:
-        """[C, latent_dim] of the `sequence`-th sequence; a view where its blocks lie one after the other."""
+        """[C, latent_dim] of the `sequence`-th sequence; a view of numbers whose blocks lie one after the other."""
         count, size = int(self.contexts[sequence]), self.cache.block_size
         blocks = self.tables[sequence, : -(-count // size)].long()
         rows = self.cache.rows[layer]
         first = int(blocks[0])
         if torch.equal(blocks, torch.arange(first, first + len(blocks))):
-            return rows[first * size : first * size + count]
-        return rows.view(-1, size, rows.shape[-1])[blocks].flatten(0, 1)[:count]
+            return self.cache.numbers(rows[first * size : first * size + count])
+        return self.cache.numbers(rows.view(-1, size, rows.shape[-1])[blocks].flatten(0, 1)[:count])
 
     def attend(
         self, layer: int, q_THD: Tensor, sequences: Sequence[int], batch: ForwardBatch, rank: int, scale: float

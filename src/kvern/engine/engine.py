@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from kvern.engine.block_manager import BlockManager
-from kvern.engine.cache import PagedCache
+from kvern.engine.cache import PagedCache, row_bytes, rows_dtype
 from kvern.engine.drawing import Drawing
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import FinishReason, Request, Update
@@ -43,7 +43,8 @@ class Engine:
         self.max_context = min(longest_context(model, self.settings), blocks * self.settings.block_size)
         self.longer_context = how_longer(self.max_context, model, self.settings)
         hold_absorbed_weights(model)
-        self.cache = PagedCache(model.config, blocks, self.settings.block_size, model.activation_dtype)
+        dtype = rows_dtype(model.activation_dtype, self.settings.cache_dtype)
+        self.cache = PagedCache(model.config, blocks, self.settings.block_size, dtype)
         self.runner = Runner(model, self.cache, mtp=wants_mtp(model, self.settings))
         self._ids = itertools.count()
         self.reset()
@@ -51,6 +52,8 @@ class Engine:
     def reset(self) -> None:
         """Forget every request and everything cached: how the engine begins, and begins again after a fault."""
         settings = self.settings
+        expected = rows_dtype(self.model.activation_dtype, settings.cache_dtype)
+        assert self.cache.dtype is expected, "cached prefixes would mix dtypes"
         blocks = len(self.cache.rows[0]) // settings.block_size
         self.blocks = BlockManager(blocks, settings.block_size, settings.prefix_caching)
         self.scheduler = Scheduler(self.blocks, settings.step_tokens, settings.max_running)
@@ -306,6 +309,6 @@ def cache_blocks(model: Model, settings: EngineSettings) -> int:
     if settings.cache_tokens is not None:
         return max(1, settings.cache_tokens // settings.block_size)
     layers = model.config.num_hidden_layers + model.config.num_nextn_predict_layers
-    token_bytes = layers * model.config.latent_dim * model.activation_dtype.itemsize
+    token_bytes = layers * row_bytes(model.config, rows_dtype(model.activation_dtype, settings.cache_dtype))
     tokens = min(FULL_CONTEXTS * longest_context(model, settings), machine().memory_available // 2 // token_bytes)
     return max(1, -(-tokens // settings.block_size))

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from kvern.errors import ConfigError
 
 Drafts = Literal["auto", "off", "ngram", "mtp"]
+CacheDtype = Literal["auto", "fp8"]
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """max_context: tokens of prompt and answer (None: the model's). cache_tokens: room of the cache in tokens (None: up
     to eight full contexts, within half the free memory). step_tokens: tokens computed in one step. max_running and
-    max_waiting: requests that share the steps, and that queue. check_every_step: prove after each step that the blocks'
-    books balance. drafts: where guessed tokens come from (auto: n-grams, and the MTP layer where the model has one);
-    draft_tokens: most of them for a request in one step.
+    max_waiting: requests that share the steps, and that queue. cache_dtype: the activations' (auto) or fp8, about half
+    of BF16's bytes at a small cost in quality (docs/quantization.md). check_every_step: prove after each step that the
+    blocks' books balance. drafts: where guessed tokens come from (auto: n-grams, and the MTP layer where the model
+    has one); draft_tokens: most of them for a request in one step.
     """
 
     max_context: int | None = None
     cache_tokens: int | None = None
+    cache_dtype: CacheDtype = "auto"
     block_size: int = 16
     step_tokens: int = 512
     max_running: int = 64
@@ -32,6 +35,11 @@ class EngineSettings:
     draft_tokens: int = 16
 
     def __post_init__(self) -> None:
+        if self.cache_dtype not in get_args(CacheDtype):
+            raise ConfigError(
+                f"cache_dtype must be one of {', '.join(get_args(CacheDtype))}, not {self.cache_dtype!r}",
+                param="cache_dtype",
+            )
         for name in ("block_size", "step_tokens", "max_running", "max_waiting", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -37,9 +37,9 @@ class Account:
     latent8_bytes_per_token: int
     mha_bytes_per_token: int
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Latent cache of `tokens` tokens in BF16."""
-        return tokens * self.latent_bytes_per_token
+    def cache_bytes(self, tokens: int, *, fp8: bool = False) -> int:
+        """Latent cache of `tokens` tokens in BF16 or FP8."""
+        return tokens * (self.latent8_bytes_per_token if fp8 else self.latent_bytes_per_token)
 
 
 def account(config: ModelConfig) -> Account:
