@@ -53,6 +53,11 @@ class ServeSettings(BaseSettings):
         description="tokens of prompt and answer together; default: the model's",
         json_schema_extra=MODEL,
     )
+    temperature_mapping: Literal["none", "deepseek_api"] = Field(
+        default="none",
+        description="deepseek_api: temperatures of requests mean what they mean to DeepSeek's service (1 is 0.3)",
+        json_schema_extra=MODEL,
+    )
     threads: int | None = Field(
         default=None, ge=1, description="threads to compute with; default: every usable core", json_schema_extra=MODEL
     )

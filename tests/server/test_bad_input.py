@@ -26,6 +26,7 @@ from kvern.wire.anthropic import CountTokensRequest, MessagesRequest
 from kvern.wire.chat import ChatCompletionRequest
 from kvern.wire.completions import CompletionRequest
 from kvern.wire.responses import ResponsesRequest
+from kvern.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny-v3", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
@@ -33,6 +34,8 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"model": "tiny-v3", "input": "x", "max_output_tokens": 1},
     "/v1/messages": {"model": "tiny-v3", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/messages/count_tokens": {"model": "tiny-v3", "messages": [{"role": "user", "content": "x"}]},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
 }
 KINDS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -40,6 +43,8 @@ KINDS: dict[str, type[BaseModel]] = {
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 STRANGE: list[Any] = [
     True,

@@ -149,7 +149,15 @@ def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
 
     engine = engine_settings(chosen)
     app = create_app(
-        lambda: LLM(chosen.model, dtype=chosen.dtype, threads=chosen.threads, settings=engine), chosen, loaded
+        lambda: LLM(
+            chosen.model,
+            dtype=chosen.dtype,
+            threads=chosen.threads,
+            settings=engine,
+            temperature_mapping=chosen.temperature_mapping,
+        ),
+        chosen,
+        loaded,
     )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
     server = DrainingServer(config, app.state.host, chosen.shutdown_timeout)

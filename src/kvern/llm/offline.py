@@ -29,7 +29,7 @@ from kvern.ops import library
 from kvern.text.conversation import ConversationLike
 from kvern.text.events import CallArguments, CallStart, Content, Event, Piece, Reasoning
 from kvern.text.messages import Completion, ToolCall
-from kvern.text.options import SamplingOptions
+from kvern.text.options import SamplingOptions, TemperatureMapping
 
 PATIENCE = 1.0
 """Seconds of silent work before progress is shown."""
@@ -42,7 +42,8 @@ class LLM(TextSide):
     together in tokens; threads, default all cores this process may use; settings, the engine's (its max_context
     gives way to the argument); engine, one to use instead of loading the weights (the text files still come from
     `model`); progress(done, total, what), called with bytes while the model is imported or packed for the first time,
-    default a bar on stderr when that takes more than a second. Raises KvernError with a hint.
+    default a bar on stderr when that takes more than a second; temperature_mapping, "deepseek_api" where temperatures
+    mean what they mean to DeepSeek's service. Raises KvernError with a hint.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LLM(TextSide):
         settings: EngineSettings | None = None,
         engine: Engine | None = None,
         progress: Progress | None = None,
+        temperature_mapping: TemperatureMapping = "none",
     ) -> None:
         chosen = settings or EngineSettings(drafts="auto")
         if max_context is not None:
@@ -69,6 +71,7 @@ class LLM(TextSide):
                 opened = open_model(folder, dtype, mtp=_has_mtp(folder, chosen), progress=progress or bar)
                 engine = Engine(opened, settings=chosen)
         self.engine = engine
+        self.temperature_mapping = temperature_mapping
         self.max_context, self.longer_context = self.engine.max_context, self.engine.longer_context
         self.vocab_size = self.engine.vocab_size
         self._driver = _Driver(self.engine)

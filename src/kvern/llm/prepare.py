@@ -15,7 +15,7 @@ from kvern.engine.params import SamplingParams
 from kvern.errors import BadRequestError, CheckpointError, ContextLengthError
 from kvern.text.conversation import ConversationLike, as_conversation
 from kvern.text.fim import FillInTheMiddle
-from kvern.text.options import SamplingOptions
+from kvern.text.options import SamplingOptions, TemperatureMapping, mapped_temperature
 from kvern.text.parser import PLAIN, Parsing
 from kvern.text.template import ChatTemplate
 from kvern.text.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ class TextSide:
     max_context: int
     longer_context: str
     vocab_size: int
+    temperature_mapping: TemperatureMapping = "none"
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
@@ -76,7 +77,7 @@ class TextSide:
 
     def prepare_text(self, prompt: str, options: SamplingOptions, *, allow_special: bool = False) -> Prepared:
         """Check a request to continue a text. Strings like `<|im_end|>` stay text unless `allow_special`."""
-        return self.prepare(self._start() + self.tokenizer.encode(prompt, allow_special), options)
+        return self.prepare(self.start_ids + self.tokenizer.encode(prompt, allow_special), options)
 
     def prepare_middle(self, prefix: str, suffix: str, options: SamplingOptions) -> Prepared:
         """Check a fill-in-the-middle request. Raises BadRequestError where the model has no tokens for it."""
@@ -87,7 +88,7 @@ class TextSide:
                 param="suffix",
             )
         encode = self.tokenizer.encode
-        ids = self._start() + self.fim.arrange(encode(prefix), encode(suffix))
+        ids = self.start_ids + self.fim.arrange(encode(prefix), encode(suffix))
         return self.prepare(ids, options, ends=self.fim.ends)
 
     def prepare(
@@ -136,7 +137,9 @@ class TextSide:
             if not 0 <= token < limit:
                 raise BadRequestError(f"token id {token} is outside the vocabulary of {limit}", param=param)
 
-    def _start(self) -> list[int]:
+    @property
+    def start_ids(self) -> list[int]:
+        """What every text begins with: one token, or none."""
         bos = self.tokenizer.bos_id
         return [bos] if self.tokenizer.adds_bos and bos is not None else []
 
@@ -146,7 +149,7 @@ class TextSide:
         return SamplingParams(
             max_tokens=room if options.max_tokens is None else options.max_tokens,
             min_tokens=options.min_tokens,
-            temperature=self._choose(options, "temperature", 0.0 if greedy else 1.0, recommend=not greedy),
+            temperature=self._temperature(options, greedy),
             top_p=self._choose(options, "top_p", 1.0),
             top_k=int(self._choose(options, "top_k", 0)),
             min_p=self._choose(options, "min_p", 0.0),
@@ -161,6 +164,12 @@ class TextSide:
             ignore_eos=options.ignore_eos,
             vocab_limit=self.vocab_limit,
         )
+
+    def _temperature(self, options: SamplingOptions, greedy: bool) -> float:
+        """What callers say is mapped, and so is the 1 that they mean where they and the checkpoint say nothing."""
+        if options.temperature is None and (greedy or self.recommended.get("temperature") is not None):
+            return self._choose(options, "temperature", 0.0, recommend=not greedy)
+        return mapped_temperature(self._choose(options, "temperature", 1.0), self.temperature_mapping)
 
     def _choose(self, options: SamplingOptions, name: str, default: float, *, recommend: bool = True) -> float:
         """What the caller says, else what the checkpoint recommends, else the default."""

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from kvern import __version__
 from kvern.errors import KvernError
 from kvern.llm import LLM
-from kvern.server import batches, files, messages, openapi, refusals, responses
+from kvern.server import batches, deepseek, files, messages, openapi, refusals, responses, tokens
 from kvern.server.aliases import Aliases
 from kvern.server.batching import Batching
 from kvern.server.generate import BUFFER, EngineHost
@@ -71,8 +71,9 @@ def create_app(
     app.state.responses = Responses(app.state.store, settings.response_ttl)
     app.state.aliases = Aliases(settings.model_alias)
     app.state.started = int(time.time())
-    for routes in (router, files.router, batches.router, responses.router, messages.router):
+    for routes in (router, files.router, batches.router, responses.router, messages.router, tokens.router):
         app.include_router(routes)
+    app.include_router(deepseek.router)
     app.add_middleware(RequestId)
     refusals.add_handlers(app)
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]

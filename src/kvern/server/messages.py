@@ -69,7 +69,7 @@ async def messages(request: Request) -> Response:
             message = answers.EditedMessage(**message.model_dump())
         return Response(message.model_dump_json(), media_type="application/json")
 
-    return await finish(request, answer, respond)
+    return await finish(request, answer, respond())
 
 
 @router.post(

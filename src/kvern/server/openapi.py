@@ -13,6 +13,7 @@ from kvern.wire.batches import BatchRequest
 from kvern.wire.chat import ChatCompletionRequest
 from kvern.wire.completions import CompletionRequest
 from kvern.wire.responses import ResponsesRequest
+from kvern.wire.tokens import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
 BODIES: tuple[type[BaseModel], ...] = (
@@ -22,6 +23,8 @@ BODIES: tuple[type[BaseModel], ...] = (
     CountTokensRequest,
     BatchRequest,
     ResponsesRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
 )
 
 

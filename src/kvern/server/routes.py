@@ -7,7 +7,8 @@ then on the handler waits for the answer and for the client's disconnect at once
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import Any, TypeAlias
 
@@ -15,18 +16,21 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from kvern.errors import BadRequestError, NotFoundError, UnavailableError
+from kvern.errors import BadRequestError, KvernError, NotFoundError, UnavailableError
 from kvern.llm import LLM, Prepared
 from kvern.server.aliases import Aliases
 from kvern.server.answering import Pieces, chat_body, completion_body, events, head, spread, whole
 from kvern.server.generate import RETRY_SECONDS, Answer, EngineHost
-from kvern.server.http import CLIENT_CLOSED_REQUEST, EventStream, read_body, until_disconnected
-from kvern.server.refusals import speaks_anthropic
+from kvern.server.http import EventStream, patiently, read_body
+from kvern.server.inside import OWNER
+from kvern.server.refusals import refusal, speaks_anthropic
 from kvern.settings import ServeSettings
+from kvern.text.conversation import Conversation
 from kvern.wire import answers as wire
 from kvern.wire.anthropic_answers import AnthropicModel, AnthropicModelList
-from kvern.wire.chat import ChatCompletion, parse_chat_request
+from kvern.wire.chat import ChatCompletion, ChatCompletionRequest, parse_chat_request
 from kvern.wire.completions import Completion, CompletionRequest, parse_completion_request
+from kvern.wire.deepseek import THINKS, DeepSeekStream
 from kvern.wire.stream import ChatStream, CompletionStream
 
 Salt: TypeAlias = Callable[[Request], bytes]
@@ -103,19 +107,20 @@ async def chat_completions(request: Request) -> Response:
     body = parse_chat_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
     check_model(request, body.model, llm)
-    prepared = await asyncio.to_thread(llm.prepare_chat, body.to_conversation(), body.to_options())
+    prepared = await asyncio.to_thread(llm.prepare_chat, _conversation(llm, body), body.to_options())
     requests = spread([prepared], body.n)
     answer, top = submit(request, requests, body.priority), head(llm, "chatcmpl", body.model)
     pieces = Pieces(llm, answer, requests, body.n, settings.stream_keep_alive)
     if body.stream:
-        stream = ChatStream(top, body.include_usage, body.logprobs, prepared.parsing.thinks == "inside")
+        kind = DeepSeekStream if _speaks_deepseek(request, body.model) else ChatStream
+        stream = kind(top, body.include_usage, body.logprobs, prepared.parsing.thinks == "inside")
         return EventStream(events(pieces, stream, len(requests)), answer.close)
 
     async def respond() -> Response:
         done = await whole(pieces, requests)
         return _json(chat_body(top, done, pieces.usage(), body.logprobs))
 
-    return await finish(request, answer, respond)
+    return await finish(request, answer, respond())
 
 
 @router.post(
@@ -140,7 +145,7 @@ async def completions(request: Request) -> Response:
         done = await whole(pieces, requests)
         return _json(completion_body(top, done, pieces.usage(), scored, prompts))
 
-    return await finish(request, answer, respond)
+    return await finish(request, answer, respond())
 
 
 @router.post("/v1/embeddings", include_in_schema=False)
@@ -149,6 +154,18 @@ async def embeddings() -> None:
     raise BadRequestError(
         "embeddings are not served: the model here generates text", hint="/v1/completions continues it"
     )
+
+
+def _conversation(llm: LLM, body: ChatCompletionRequest) -> Conversation:
+    """What is to be answered. DeepSeek's names ask to think or not, as far as the model can."""
+    chat = body.to_conversation()
+    if chat.thinking is None and llm.template is not None and (llm.template.can_think or not THINKS.get(body.model)):
+        return replace(chat, thinking=THINKS.get(body.model))
+    return chat
+
+
+def _speaks_deepseek(request: Request, model: str) -> bool:
+    return model in THINKS or request.url.path.startswith("/beta/")
 
 
 def prepare_completion(llm: LLM, body: CompletionRequest) -> list[Prepared]:
@@ -181,13 +198,18 @@ def submit(request: Request, requests: Sequence[Prepared], priority: int) -> Ans
     return _host(request).submit(requests, priority=priority, salt=salt(request))
 
 
-async def finish(request: Request, answer: Answer, respond: Callable[[], Any]) -> Response:
-    """Await the whole answer; a client that hangs up cancels it."""
-    try:
-        response = await until_disconnected(request.receive, respond())
-    finally:
-        answer.close()
-    return response or Response(status_code=CLIENT_CLOSED_REQUEST)
+async def finish(request: Request, answer: Answer, work: Coroutine[Any, Any, Response]) -> Response:
+    """The whole answer that `work` makes; a client that hangs up cancels it, one that waits long gets empty lines."""
+
+    def refused(error: KvernError) -> Response:
+        return refusal(request, error)
+
+    return await patiently(request, work, answer.close, refused, patience(request))
+
+
+def patience(request: Request) -> float | None:
+    """Seconds after which a whole answer begins with empty lines; a row of a batch waits for its true status."""
+    return None if OWNER in request.scope else _settings(request).stream_keep_alive
 
 
 def _json(body: ChatCompletion | Completion) -> Response:

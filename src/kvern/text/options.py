@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from kvern.errors import BadRequestError
 
@@ -17,6 +17,19 @@ MAX_STOP_LENGTH = 1000
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+
+
+TemperatureMapping: TypeAlias = Literal["none", "deepseek_api"]
+
+
+def mapped_temperature(temperature: float, mapping: TemperatureMapping) -> float:
+    """The temperature to sample with, for one that a caller asked for.
+
+    deepseek_api: as DeepSeek's own service does for V3-0324 (its model card), T x 0.3 up to 1, T - 0.7 above.
+    """
+    if mapping == "none":
+        return temperature
+    return temperature * 0.3 if temperature <= 1 else temperature - 0.7
 
 
 @dataclass(frozen=True)

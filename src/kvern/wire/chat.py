@@ -108,7 +108,8 @@ class RequestMessage(Strict):
     """One turn. The role `developer` is OpenAI's newer word for `system`.
 
     An assistant's turn may consist of tool_calls alone; one of the role `tool` answers the call tool_call_id.
-    `reasoning` is another name of reasoning_content.
+    `reasoning` is another name of reasoning_content. `prefix` (DeepSeek's) makes the last turn, an
+    assistant's, the beginning of the answer.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -118,6 +119,7 @@ class RequestMessage(Strict):
     reasoning: Text | None = None
     tool_calls: list[RequestToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: Name | None = None
+    prefix: bool = False
 
     def to_message(self) -> Message:
         """Translate into the message that templates read."""
@@ -172,6 +174,12 @@ ToolChoiceField = Annotated[
 ]
 
 
+class ThinkingSwitch(Strict):
+    """DeepSeek's switch: whether the model thinks before it answers, where it can do both."""
+
+    type: Literal["enabled", "disabled"]
+
+
 class ChatCompletionRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
@@ -181,6 +189,7 @@ class ChatCompletionRequest(SamplingFields):
     parallel_tool_calls: bool = Field(default=True, description="false: the answer ends after one call.")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: up to the end of the context.")
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
+    thinking: ThinkingSwitch | None = Field(default=None, description="Default: what the model does by itself.")
     logprobs: bool = False
     top_logprobs: Logprobs | None = Field(default=None, description="Needs logprobs: true.")
 
@@ -192,6 +201,8 @@ class ChatCompletionRequest(SamplingFields):
             tuple(tool.to_tool() for tool in self.tools),
             choice if isinstance(choice, str) else NamedTool(choice.function.name),
             self.parallel_tool_calls,
+            thinking=None if self.thinking is None else self.thinking.type == "enabled",
+            continues=self.messages[-1].prefix,
         )
 
     def to_options(self) -> SamplingOptions:
@@ -298,7 +309,12 @@ class ChatCompletion(BaseModel):
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Read a request body. Raises BadRequestError with `param` for everything that is not exactly such a request."""
-    fields = drop_inert(parse_object(body), NOT_SUPPORTED_YET)
+    return read_chat_request(parse_object(body))
+
+
+def read_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
+    """Read the fields of a body, likewise."""
+    fields = drop_inert(given, NOT_SUPPORTED_YET)
     messages = fields.get("messages")
     if isinstance(messages, list):
         fields["messages"] = [_parse_message(index, message) for index, message in enumerate(messages)]
@@ -309,10 +325,14 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         "messages": RequestMessage,
         "stream_options": StreamOptions,
         "tools": ToolDefinition,
+        "thinking": ThinkingSwitch,
     }
     request = validate(ChatCompletionRequest, fields, parts)
     for index, message in enumerate(request.messages):
         _check_message(f"messages.{index}", message)
+        if message.prefix and (index < len(request.messages) - 1 or message.role != "assistant" or message.tool_calls):
+            says = "prefix belongs to the text of an assistant's last message"
+            raise BadRequestError(says, param=f"messages.{index}.prefix")
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise BadRequestError("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:

@@ -110,7 +110,7 @@ class ChatStream(OpenAIStream):
         return self._chunk([choice], None)
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        return _chunk(self.head, "chat.completion.chunk", choices, usage, self.include_usage)
+        return chat_chunk(self.head, choices, usage, self.include_usage)
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,11 @@ class CompletionStream(OpenAIStream):
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
         return _chunk(self.head, "text_completion", choices, usage, self.include_usage)
+
+
+def chat_chunk(head: Head, choices: list[dict[str, Any]], usage: dict[str, Any] | None, include_usage: bool) -> bytes:
+    """One chunk of a chat answer; `usage`, which may be null, shows where it was asked for."""
+    return _chunk(head, "chat.completion.chunk", choices, usage, include_usage)
 
 
 def _chunk(
