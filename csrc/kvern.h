@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define KVERN_ABI 5
+#define KVERN_ABI 6
 
 enum { KVERN_F32 = 0, KVERN_BF16 = 1, KVERN_F8_E4M3 = 2 };                 /* dtypes; E4M3 is the "fn" form: no infinities */
 enum { KVERN_LATENT8 = 5 }; /* of cache rows only: records of bytes, see kvern_encode_latents */
@@ -85,6 +85,41 @@ int kvern_decode_latents(float* latents, const uint8_t* records, int64_t stride,
 int kvern_expanded_attention(void* out, const void* q, const void* kv, const void* rope, int64_t rope_stride, int dtype,
                              int64_t tokens, int64_t context, int64_t heads, int64_t nope, int64_t rope_size,
                              int64_t value, float scale);
+
+/* One draw from a row of logits [size], of which `edits` count as `scores` instead:
+ *   x = the scores; p = e^((x - max x) / temperature), cut to p >= min_p, then to the top_k largest, then to the fewest
+ *   largest whose share of what was left reaches top_p; the lower id first where scores tie. The id is where the cumulative
+ *   sum of p, in order of id, passes `uniform` times its total. Temperature 0: the largest, the lower id first.
+ * Weights and sums are FP64 with relative errors under 1e-12 together: exactly this id comes out unless `uniform`, top_p or
+ * min_p lie closer than that to where the outcome changes. A row's outcome depends on that row alone. */
+typedef struct {
+  const float* logits;
+  const int64_t* edited; /* [edits] ids; of equal ones the last counts */
+  const double* scores;  /* [edits] */
+  int64_t size, edits;   /* 1 <= size < 2^31 */
+  int64_t top_k;         /* 0: all */
+  double temperature;    /* 0, or such that it and 1 / temperature are finite */
+  double top_p, min_p;   /* 0 .. 1; top_p 1 and min_p 0 keep all */
+  double uniform;        /* 0 <= uniform < 1 */
+} kvern_draw;
+
+enum { KVERN_NOT_FINITE = -1,    /* instead of an id: a logit is a NaN, or the largest is infinite */
+       KVERN_NOTHING_LEFT = -2 }; /* the same of the edited scores */
+
+/* ids[i]: the id drawn from rows[i], or one of the codes above. */
+int kvern_sample(const kvern_draw* rows, int64_t n, int64_t* ids);
+
+/* Log-probabilities under a row of logits [size]: of `token` (-inf for one outside) and of the `best` largest, falling, the
+ * lower id first where they tie. FP64, to 1e-12. */
+typedef struct {
+  const float* logits;
+  int64_t size, token, best; /* 0 <= best <= size */
+  int64_t* ids;              /* out, [best] */
+  double* logprobs;          /* out, [1 + best]: token's, then those of ids; the first is a NaN, and nothing else is
+                                written, where a logit is a NaN or the largest is infinite */
+} kvern_scored;
+
+int kvern_logprobs(const kvern_scored* rows, int64_t n);
 
 /* Reads `bytes` bytes once with all threads and returns the sum of their 64-bit words (a rest under 8 is left out):
  * the read bandwidth that a kernel can hope for. */

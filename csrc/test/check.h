@@ -50,3 +50,4 @@ inline void close(double actual, double expected, double bound, const char* what
 }  // namespace
 
 void check_packed();
+void check_sample();

@@ -242,6 +242,7 @@ void check_all() {
     check_expanded(random, {dtype, 130, 130, 1, 5, 0, 1});
   }
   check_packed();
+  check_sample();
 }
 
 }  // namespace

@@ -3,39 +3,34 @@
     x = logits below vocab_limit; stop ids -inf below min_tokens; + logit_bias
     x = x / r where x > 0 else x * r          for ids in prompt or answer, r = repetition_penalty
     x = x - frequency * count - presence      for ids in the answer
-    p = softmax(x / temperature), cut to p >= min_p * max p, then to the top_k largest, then to the smallest set whose
-    share of what was left reaches top_p; the token is where the cumulative sum of p, in order of id, passes u
+    then temperature, min_p, top_k, top_p and the draw: `ops.draw`
 
 which is vLLM's order. u in [0, 1) is a hash of seed and position, so a token never depends on the rest of the batch or
-on what ran before. Where values tie, the lower id wins: exactly top_k ids stay. Log-probabilities are those of the
-logits as the model gave them (below vocab_limit), before all of the above: vLLM's default, `raw_logprobs`.
+on what ran before. Log-probabilities are those of the logits as the model gave them (below vocab_limit), before all of
+the above: vLLM's default, `raw_logprobs`.
 
-Everything is exact in float64, one row at a time. A row of 152k logits costs 15 microseconds greedy, 130 with top_k,
-280 with top_p or the temperature alone, 900 to 1,900 with top_p where all ids are nearly or quite equal, and 300 more
-with log-probabilities; 16 rows, which no cache holds, cost about 20 times as much. It gives up GPUs: logits are copied
-to the CPU, and numpy does the work (its argmax over a row takes a tenth of torch's time).
+Here only the few scores that a request changes are computed, in float64; all passes over the vocabulary are those of
+`ops.draw` and `ops.logprobs`. It gives up GPUs: logits are copied to the CPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from kvern.engine.nucleus import Floats, Ids, down_to, nucleus, position, scaled, weights_of, within
+from kvern import ops
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import TokenLogprob
 from kvern.errors import BadRequestError, KvernError, NonFiniteLogitsError
+from kvern.ops.nucleus import Floats, Ids
+from kvern.ops.reference_sampling import NOT_FINITE, NOTHING_LEFT, Draw, Logprobs, Scored
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM."""
-
-CUTS = (2.0, 4.0, 6.0, 8.0, 10.0, 13.0, 20.0, math.inf)
-"""Distances from the largest score within which the k largest are looked for, each tried where the last has too few."""
 
 MASK = (1 << 64) - 1
 
@@ -62,9 +57,16 @@ class Sampled:
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """One token for each row of logits [S, vocab_size] float32. A row that cannot be sampled carries its error."""
-    array = logits.detach().cpu().numpy()
-    assert len(array) == len(rows), "one row of logits for each request"
-    return [_sample(scores[: row.params.vocab_limit], row) for scores, row in zip(array, rows, strict=True)]
+    logits = logits.detach().cpu()
+    assert len(logits) == len(rows), "one row of logits for each request"
+    tokens = ops.draw(logits, [_draw(logits, i, row) for i, row in enumerate(rows)])
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] >= 0]
+    told: dict[int, TokenLogprob] = {}
+    if asked:
+        chosen = logits if len(asked) == len(rows) else logits[asked]
+        found = ops.logprobs(chosen, [_wanted(chosen, tokens[i], rows[i].params) for i in asked])
+        told = {i: _told(tokens[i], one) for i, one in zip(asked, found, strict=True)}
+    return [_sampled(token, row, told.get(i)) for i, (token, row) in enumerate(zip(tokens, rows, strict=True))]
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
@@ -72,8 +74,9 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], params: SamplingParams) -
 
     An id outside vocab_limit has -inf. Raises NonFiniteLogitsError.
     """
-    array = logits.detach().cpu().numpy()
-    return [_logprob(scores[: params.vocab_limit], token, params) for scores, token in zip(array, tokens, strict=True)]
+    logits = logits.detach().cpu()
+    found = ops.logprobs(logits, [_wanted(logits, token, params) for token in tokens])
+    return [_told(token, one) for token, one in zip(tokens, found, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -89,20 +92,26 @@ def _mix(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def _sample(scores: Floats, row: Row) -> Sampled:
-    params = row.params
-    token = int(scores.argmax())  # numpy counts NaN as the largest
-    if not math.isfinite(scores[token]):
+def _sampled(token: int, row: Row, logprob: TokenLogprob | None) -> Sampled:
+    if token == NOT_FINITE:
         return Sampled(-1, error=NonFiniteLogitsError(f"the logits at position {len(row.tokens)} are not finite"))
-    x = scores
-    if _edits(row):
-        x = _edited(scores, row)
-        token = int(x.argmax())
-        if not math.isfinite(x[token]):
-            return Sampled(-1, error=BadRequestError("min_tokens and logit_bias leave no token to choose from"))
-    if params.temperature >= GREEDY_BELOW:
-        token = _draw(x, float(x[token]), params, uniform(row.seed, len(row.tokens)))
-    return Sampled(token, None if params.logprobs is None else _logprob(scores, token, params))
+    if token == NOTHING_LEFT:
+        return Sampled(-1, error=BadRequestError("min_tokens and logit_bias leave no token to choose from"))
+    return Sampled(token, logprob)
+
+
+def _limit(logits: Tensor, params: SamplingParams) -> int:
+    return logits.shape[-1] if params.vocab_limit is None else min(params.vocab_limit, logits.shape[-1])
+
+
+def _draw(logits: Tensor, index: int, row: Row) -> Draw:
+    """What to draw from logits[index]."""
+    params, limit = row.params, _limit(logits, row.params)
+    edited, scores = _edited(logits[index, :limit].numpy(), row) if _edits(row) else (None, None)
+    if params.temperature < GREEDY_BELOW:
+        return Draw(limit, edited=edited, scores=scores)
+    u = uniform(row.seed, len(row.tokens))
+    return Draw(limit, params.temperature, params.top_p, params.top_k, params.min_p, u, edited, scores)
 
 
 def _edits(row: Row) -> bool:
@@ -112,59 +121,31 @@ def _edits(row: Row) -> bool:
     return bool(penalties or params.logit_bias or len(row.tokens) - row.prompt_length < params.min_tokens)
 
 
-def _edited(scores: Floats, row: Row) -> Floats:
-    """A float64 copy with masks, bias and penalties applied."""
-    params, x, limit = row.params, scores.astype(np.float64), len(scores)
-    answer = row.tokens[row.prompt_length :]
-    if len(answer) < params.min_tokens:
-        x[[stop for stop in row.stops if stop < limit]] = -math.inf
-    for token, bias in params.logit_bias:
-        if token < limit:
-            x[token] += bias
+def _edited(logits: Floats, row: Row) -> tuple[Ids, Floats]:
+    """Ids below len(logits) that masks, bias and penalties change, ascending, and their scores in float64."""
+    params, limit = row.params, len(logits)
+    tokens = np.array(row.tokens, dtype=np.int64)
+    answer, counts = np.unique(tokens[row.prompt_length :], return_counts=True)
+    stops = np.array(list(row.stops) if len(row.tokens) - row.prompt_length < params.min_tokens else (), dtype=np.int64)
+    bias = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
+    seen = np.unique(tokens) if params.repetition_penalty != 1.0 else answer
+    ids = np.unique(np.concatenate([stops, bias, seen, answer]))
+    x = logits[ids[ids < limit]].astype(np.float64)
+    x = np.concatenate([x, np.zeros(len(ids) - len(x))])  # ids at and above the limit are dropped in the end
+    x[np.searchsorted(ids, stops)] = -math.inf
+    np.add.at(x, np.searchsorted(ids, bias), [added for _, added in params.logit_bias])
     if params.repetition_penalty != 1.0:
-        seen = np.array([token for token in set(row.tokens) if token < limit], dtype=np.int64)
-        x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)
-    if params.frequency_penalty or params.presence_penalty:
-        for token, count in Counter(token for token in answer if token < limit).items():
-            x[token] -= params.frequency_penalty * count + params.presence_penalty
-    return x
+        at = np.searchsorted(ids, seen)
+        x[at] = np.where(x[at] > 0, x[at] / params.repetition_penalty, x[at] * params.repetition_penalty)
+    x[np.searchsorted(ids, answer)] -= params.frequency_penalty * counts + params.presence_penalty
+    return ids[ids < limit], x[: np.count_nonzero(ids < limit)]
 
 
-def _draw(scores: Floats, largest: float, params: SamplingParams, u: float) -> int:
-    """Temperature, min_p, top_k, top_p, then the inverse of the cumulative distribution at u."""
-    temperature = params.temperature
-    ids: Ids | None = None
-    if params.min_p > 0:
-        near = within(scores, largest, -math.log(params.min_p) * temperature)
-        ids = near[scaled(scores[near], largest, temperature) >= math.log(params.min_p)]
-        scores = scores[ids]
-    if 0 < params.top_k < len(scores):
-        kept = _largest(scores, params.top_k, largest)
-        ids, scores = kept if ids is None else ids[kept], scores[kept]
-    if params.top_p < 1:
-        top, shares = nucleus(scores, largest, temperature, params.top_p)
-        ids = ids if top is None else top if ids is None else ids[top]
-    else:
-        shares = weights_of(scores, largest, temperature)
-    index = position(shares, u * shares.sum())
-    return index if ids is None else int(ids[index])
+def _wanted(logits: Tensor, token: int, params: SamplingParams) -> Scored:
+    return Scored(_limit(logits, params), token, params.logprobs or 0)
 
 
-def _largest(x: Floats, count: int, largest: float) -> Ids:
-    """The `count` positions with the largest values, the lower one where they tie; ascending."""
-    if count == 0 or count >= len(x):
-        return np.arange(min(count, len(x)))
-    near = next(near for cut in CUTS if len(near := np.flatnonzero(x >= largest - cut)) >= count)
-    values = x[near]
-    return near[down_to(values, np.partition(values, -count)[-count], count)]
-
-
-def _logprob(scores: Floats, token: int, params: SamplingParams) -> TokenLogprob:
-    largest = float(scores.max())
-    if not math.isfinite(largest):
+def _told(token: int, found: Logprobs | None) -> TokenLogprob:
+    if found is None:
         raise NonFiniteLogitsError("the logits are not finite")
-    whole = largest + math.log(weights_of(scores, largest, 1.0).sum())
-    best = _largest(scores, params.logprobs or 0, largest)
-    best = best[np.argsort(-scores[best], kind="stable")]
-    top = tuple(zip(best.tolist(), (scores[best].astype(np.float64) - whole).tolist(), strict=True))
-    return TokenLogprob(token, float(scores[token]) - whole if token < len(scores) else -math.inf, top)
+    return TokenLogprob(token, found[0], tuple(found[1]))

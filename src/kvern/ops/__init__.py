@@ -1,12 +1,20 @@
 """Maths on tensors that knows no model: each op is one `Op`, a table from device type to implementation.
 
-`reference` is the specification and the fallback; `native` and `native_attention` (CPU kernels of
+`reference` is the specification and the fallback; `native`, `native_attention` and `native_sampling` (CPU kernels of
 `library`) register themselves for what they compute, and so do the Triton kernels of `triton_backends` for "cuda".
 """
 
 from __future__ import annotations
 
-from kvern.ops import native, reference, reference_experts, reference_int4, reference_latent8, triton_backends
+from kvern.ops import (
+    native,
+    reference,
+    reference_experts,
+    reference_int4,
+    reference_latent8,
+    reference_sampling,
+    triton_backends,
+)
 from kvern.ops.dispatch import Op
 
 linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"))
@@ -29,6 +37,8 @@ expanded_attention = Op("expanded_attention", reference.expanded_attention, nati
 causal_attention = Op("causal_attention", reference.causal_attention)
 encode_latents = Op("encode_latents", reference_latent8.encode_latents, native.backends("encode_latents"))
 decode_latents = Op("decode_latents", reference_latent8.decode_latents, native.backends("decode_latents"))
+draw = Op("draw", reference_sampling.draw, native.backends("draw"))
+logprobs = Op("logprobs", reference_sampling.logprobs, native.backends("logprobs"))
 
 ALL = (
     linear,
@@ -47,5 +57,7 @@ ALL = (
     causal_attention,
     encode_latents,
     decode_latents,
+    draw,
+    logprobs,
 )
 """Every op, for `kvern doctor` and for the parity tests."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvern.errors import ConfigError
 from kvern.plan.hardware import default_threads
 
-ABI = 5
+ABI = 6
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 ROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 5}
 """Of cache rows; bytes are records of `reference_latent8`."""
@@ -106,6 +106,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.kvern_paged_latent_attention.argtypes = [*q_rows, *books, size, size, size, ctypes.c_float]
     lib.kvern_encode_latents.argtypes = [pointer, size, pointer, size, size, size]
     lib.kvern_decode_latents.argtypes = [pointer, pointer, size, size, size, size]
+    lib.kvern_sample.argtypes = [pointer, size, pointer]
+    lib.kvern_logprobs.argtypes = [pointer, size]
     _declare_packed(lib)
 
 

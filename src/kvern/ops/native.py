@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvern.ops import native_attention, native_latent8, reference
+from kvern.ops import native_attention, native_latent8, native_sampling, reference
 from kvern.ops.library import CODES, is_dense, library, loaded
 
 BLOCK = reference.BLOCK
@@ -49,6 +49,8 @@ def backends(op: str) -> dict[str, Callable[..., Any]]:
         "expanded_attention": native_attention.expanded_attention,
         "encode_latents": native_latent8.encode_latents,
         "decode_latents": native_latent8.decode_latents,
+        "draw": native_sampling.draw,
+        "logprobs": native_sampling.logprobs,
     }
     return {"cpu": known[op]} if library() is not None and op in known else {}
 

@@ -148,4 +148,5 @@ def position(weights: Floats, target: float, side: Literal["left", "right"] = "r
     inside = weights[span * SPAN : (span + 1) * SPAN]
     rest = target - (sums[span - 1] if span else 0.0)
     index = int(np.searchsorted(inside.cumsum(), rest, side))
-    return span * SPAN + min(index, int(np.flatnonzero(inside)[-1]))  # rounding may put `rest` behind the last
+    weighing = np.flatnonzero(inside)  # rounding may put `rest` behind the last, and the target behind all that weigh
+    return span * SPAN + min(index, int(weighing[-1]) if len(weighing) else 0)

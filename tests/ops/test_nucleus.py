@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvern.engine import nucleus
+from kvern.ops import nucleus
 
 CLOSE = 1e-9
 """Distance from a boundary within which rounding may decide."""
@@ -58,3 +58,10 @@ def test_a_nucleus_that_depends_on_what_the_many_weigh(distance: float, off: flo
     for share, count in ((1 / (weights.sum() - off), 2), (1 / (weights.sum() + off), 1)):
         _, got = nucleus.nucleus(x, 0.0, 1.0, share)
         assert np.count_nonzero(got) == count
+
+
+def test_a_share_that_rounding_puts_behind_all_that_weighs() -> None:
+    """`share` of the sum is reached, rounded, only where weights are zeros already."""
+    x = np.concatenate([np.zeros(7), np.full(5000, -2000.0) - np.arange(5000)]).astype(np.float32)
+    kept = nucleus._fewest(x, np.exp(x.astype(np.float64) / 0.3), math.nextafter(7.0, 8.0), 12.0)
+    assert kept[:7].all()
