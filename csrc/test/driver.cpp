@@ -118,7 +118,8 @@ void check_attention(Random& random, const Attention& one) {
   for (size_t i = 0; i < tables.size(); ++i) tables[i] = static_cast<int32_t>(tables.size() - 1 - i);
   const auto q = random.stored(queries * one.heads * one.dim, one.dtype);
   Rows rows(random, one.rows_dtype, row_count, one.rank, one.dim - one.rank);
-  if (one.dtype == KVERN_BF16 && std::strcmp(kvern_isa(), "avx512bf16") == 0) {
+  const bool has_dots = std::strcmp(kvern_isa(), "avx512bf16") == 0 || std::strcmp(kvern_isa(), "amx") == 0;
+  if (one.dtype == KVERN_BF16 && has_dots) {
     for (auto& number : rows.numbers) number = float_of_bf16(bf16_of_float(number));  // as the dot products take them
   }
   std::vector<uint8_t> out(static_cast<size_t>(queries * one.heads * one.rank) * (one.dtype == KVERN_F32 ? 4 : 2));
