@@ -17,8 +17,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(?P<mark>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-REASONS = ("needs-model", "set-up", "long")
-MARKS = {"sh", "python", "text", "json", "toml", *(f"{m} not-run {why}" for m in ("sh", "python") for why in REASONS)}
+REASONS = ("needs-client", "needs-model", "set-up", "long")
+MARKS = {
+    "sh",
+    "python",
+    "text",
+    "json",
+    "toml",
+    "yaml",
+    *(f"{m} not-run {why}" for m in ("sh", "python") for why in REASONS),
+}
 RUNNABLE = {"sh", "python"}
 
 

@@ -106,6 +106,9 @@ class ServeSettings(BaseSettings):
         description="seconds of silence after which a stream gets a comment line, for proxies that cut idle ones",
         json_schema_extra=SERVER,
     )
+    access_log: bool = Field(
+        default=False, description="one line for every request, on standard error", json_schema_extra=SERVER
+    )
     response_ttl: float = Field(
         default=30 * 86400.0,
         gt=0,

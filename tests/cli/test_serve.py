@@ -44,6 +44,20 @@ def test_serve_until_a_signal(tiny_folder: Path, number: signal.Signals) -> None
         assert process.stderr.read().startswith("memory: 0.00 GiB weights + 0.00 GiB cache for 64 tokens = ")
 
 
+def test_requests_are_logged_when_asked_for(tiny_folder: Path) -> None:
+    for flags, expected in (["--access-log"], 1), ([], 0):
+        argv = [sys.executable, "-m", "kvern", "serve", str(tiny_folder), "--port", "0", *flags]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            assert match is not None
+            httpx.get(f"{match[0]}/v1/nothing")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            assert process.stderr.read().count('"GET /v1/nothing HTTP/1.1" 404') == expected
+
+
 def test_the_banner_can_be_pasted() -> None:
     command = banner("http://127.0.0.1:1", "m").split("Try:\n\n")[1].replace("\\\n", " ")
     program, url, *_, body = shlex.split(command)

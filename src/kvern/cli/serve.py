@@ -8,6 +8,7 @@ again takes a seventh of the start's processor time.
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import gc
 import json
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvern import settings
 from kvern.errors import ConfigError, KvernError, NotEnoughMemoryError
@@ -159,12 +160,23 @@ def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
         chosen,
         loaded,
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+    config = uvicorn.Config(app, log_config=log_config(chosen.access_log), timeout_graceful_shutdown=CLOSING_SECONDS)
     server = DrainingServer(config, app.state.host, chosen.shutdown_timeout)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
     return 0
+
+
+def log_config(access_log: bool) -> dict[str, Any]:
+    """For `logging.config.dictConfig`: warnings and, if wanted, uvicorn's line for every request, on standard error."""
+    from uvicorn.config import LOGGING_CONFIG
+
+    made = copy.deepcopy(LOGGING_CONFIG)
+    made["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    for name, logger in made["loggers"].items():
+        logger["level"] = "INFO" if access_log and name == "uvicorn.access" else "WARNING"
+    return made
 
 
 def engine_settings(chosen: ServeSettings) -> EngineSettings:
