@@ -18,6 +18,9 @@ from kvern.server.draining import DrainingServer
 from kvern.server.generate import EngineHost
 from kvern.settings import ServeSettings
 
+LOAD_SECONDS = 60
+"""A tiny model loads in less than one; a busy machine may take its time."""
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -43,7 +46,7 @@ def serving(
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_until(lambda: server.started and (bool(results) or not wait))
+        wait_until(lambda: server.started and (bool(results) or not wait), LOAD_SECONDS)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         yield Serving(url, results, app.state.host, lambda: server.handle_exit(15, None), thread)
     finally:
