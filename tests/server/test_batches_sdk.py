@@ -325,6 +325,28 @@ def test_a_batch_expires(sdk: openai.OpenAI) -> None:
     assert sorted(int(row["custom_id"]) for row in good + failed) == list(range(300))
 
 
+def test_responses_of_a_batch_are_stored_on_request_alone(sdk: openai.OpenAI) -> None:
+    url = "/v1/responses"
+    said: dict[str, dict[str, Any]] = {"unsaid": {}, "null": {"store": None}, "no": {"store": False}}
+    said["yes"] = {"store": True}
+    body = {"model": "tiny-v3", "input": "hi", "max_output_tokens": 4, "temperature": 0}
+    asked = [{"custom_id": name, "method": "POST", "url": url, "body": {**body, **more}} for name, more in said.items()]
+    batch = wait(sdk, start(sdk, asked, url))
+    found = {row["custom_id"]: row["response"]["body"] for row in rows(sdk, batch.output_file_id)}
+    assert {name: one["store"] for name, one in found.items()} == {
+        "unsaid": False,
+        "null": False,
+        "no": False,
+        "yes": True,
+    }
+    for ids in ({one["id"] for one in found.values()}, {one["output"][0]["id"] for one in found.values()}):
+        assert len(ids) == 4, "also where one answer serves equal rows"
+    assert sdk.responses.retrieve(found.pop("yes")["id"]).status == "incomplete"
+    for one in found.values():
+        with pytest.raises(openai.NotFoundError):
+            sdk.responses.retrieve(one["id"])
+
+
 def test_equal_requests_are_computed_once(sdk: openai.OpenAI) -> None:
     greedy, drawn = line("a", "once upon"), line("b", "once upon", temperature=1, seed=7)
     free = line("c", "once upon", temperature=1)

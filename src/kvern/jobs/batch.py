@@ -30,7 +30,7 @@ from kvern.jobs.prefixes import Turns
 from kvern.store import Store, batch_rows, batches, files
 from kvern.store.batch_rows import Result, Tokens
 from kvern.store.batches import Batch, Status
-from kvern.wire.batch_lines import answer_line, error_line
+from kvern.wire.batch_lines import answer_line, body_asked, error_line
 from kvern.wire.batches import BatchError
 
 POLL_SECONDS = 1.0
@@ -212,7 +212,7 @@ class BatchRunner:
     async def _row(self, batch: Batch, line: int) -> None:
         row, key, known = await self._in_thread(self._look_up, batch, line)
         row_id = _row_id(batch.id, line)
-        body = json.loads(row.request)["body"]
+        body = body_asked(row.request, batch.endpoint)
         if known is not None:
             value = request_cache.renamed(json.loads(known))
             text = answer_line(row_id, row.custom_id, 200, row_id, value)
@@ -234,7 +234,7 @@ class BatchRunner:
     def _look_up(self, batch: Batch, line: int) -> tuple[batch_rows.Row, str | None, bytes | None]:
         with self._store.read() as connection:
             row = batch_rows.row(connection, batch.id, line)
-            body = json.loads(row.request)["body"]
+            body = body_asked(row.request, batch.endpoint)
             key = request_cache.key(self._model.revision, batch.owner, batch.endpoint, body)
             return row, key, None if key is None else batch_rows.answer(connection, key)
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
 CHANGES_NOTHING = ("user", "priority", "metadata", "prompt_cache_key", "safety_identifier", "service_tier")
 RESPONSES = "/v1/responses"
+ID = re.compile("[a-z]+[-_]([0-9a-f]{24})")
+"""What follows the kind is random, so it stands nowhere but in ids."""
 
 
 def key(revision: str, owner: str, url: str, body: Mapping[str, Any]) -> str | None:
@@ -31,6 +34,9 @@ def key(revision: str, owner: str, url: str, body: Mapping[str, Any]) -> str | N
 
 
 def renamed(body: dict[str, Any]) -> dict[str, Any]:
-    """An answer with an id of its own, of the same kind."""
-    kind, dash, _ = str(body.get("id", "")).partition("-")
-    return {**body, "id": f"{kind}-{secrets.token_hex(12)}"} if dash else body
+    """An answer with an id of its own, of the same kind, and items named after it."""
+    found = ID.fullmatch(str(body.get("id")))
+    if found is None:
+        return body
+    renamed: dict[str, Any] = json.loads(json.dumps(body).replace(found[1], secrets.token_hex(len(found[1]) // 2)))
+    return renamed

@@ -2,6 +2,8 @@
 
 in   {"custom_id", "method": "POST", "url", "body"}
 out  {"id", "custom_id", "response": {"status_code", "request_id", "body"} | null, "error": {"code", "message"} | null}
+
+A line of /v1/responses that does not say `store` is not stored: its answer is in the output file already.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from kvern.errors import BadRequestError, KvernError
 from kvern.wire.reading import parse_object
 
 MAX_ID = 512
+RESPONSES = "/v1/responses"
 KNOWN = ("custom_id", "method", "url", "body")
 
 
@@ -56,6 +59,12 @@ def parse_line(raw: bytes, endpoint: str, serves: Callable[[str], bool]) -> Line
     if fields["url"] != endpoint:
         raise LineError("mismatched_endpoint", f"url must be the batch's endpoint {endpoint}", "url")
     return Line(custom_id, _body(fields["body"], serves))
+
+
+def body_asked(raw: bytes, endpoint: str) -> dict[str, Any]:
+    """The request of a line that was read before."""
+    body: dict[str, Any] = json.loads(raw)["body"]
+    return {**body, "store": False} if endpoint == RESPONSES and body.get("store") is None else body
 
 
 def _body(body: Any, serves: Callable[[str], bool]) -> dict[str, Any]:
