@@ -46,6 +46,9 @@ class ScriptedEngine(Engine):
         self._running[number] = (params, 0)
         return number
 
+    def close(self) -> None:
+        """Nothing is on a disk."""
+
     def cancel(self, request_id: int) -> None:
         self._gone.append(request_id)
 

@@ -139,6 +139,15 @@ class ServeSettings(BaseSettings):
     prefix_caching: bool = Field(
         default=True, description="keep the cache of prompts that may come again", json_schema_extra=ENGINE
     )
+    cache_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder where that cache outlives a restart, for one server at a time; default: it does not",
+        json_schema_extra=ENGINE,
+    )
+    cache_disk_bytes: int = Field(
+        default=16 * 2**30, ge=1, description="most bytes in --cache-dir", json_schema_extra=ENGINE
+    )
     drafts: Literal["auto", "off", "ngram", "mtp"] = Field(
         default="auto",
         description="guess tokens and verify several at once, where it pays; answers stay the same",

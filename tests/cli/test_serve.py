@@ -122,10 +122,12 @@ def test_settings_reach_the_engine() -> None:
         prefix_caching=False,
         drafts="ngram",
         draft_tokens=3,
+        cache_disk_bytes=10**9,
     )
     made = engine_settings(chosen)
     for name in chosen.model_fields_set:
         assert getattr(made, name) == getattr(chosen, name)
+    assert engine_settings(ServeSettings(cache_dir="~/kept")).cache_dir == Path.home() / "kept"
     with pytest.raises(ConfigError, match="max_running 64 exceeds step_tokens 16"):
         engine_settings(ServeSettings(step_tokens=16))
 

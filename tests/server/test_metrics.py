@@ -101,3 +101,26 @@ def test_each_application_counts_for_itself(tiny_folder: Path, server: Serving) 
     with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine())) as other:
         assert ("vllm:time_to_first_token_seconds_count", "") not in read(other)
     assert read(server)["vllm:time_to_first_token_seconds_count", ""] == 1
+
+
+def test_the_cache_on_disk_tells_what_it_did(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = EngineSettings(cache_tokens=1024, cache_dir=tmp_path)
+    asked = {"model": "tiny-v3", "prompt": [65] * 40, "max_tokens": 1}
+    cached, told = [], []
+    for _ in range(2):
+        with serving(lambda: LLM(tiny_folder, settings=settings)) as running:
+            answer = httpx.post(f"{running.url}/v1/completions", json=asked).json()
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            told.append(read(running))
+    assert cached == [0, 32]
+    assert told[1]["vllm:external_prefix_cache_queries_total", ""] == 32
+    assert told[1]["vllm:external_prefix_cache_hits_total", ""] == 32
+    assert told[1]["vllm:prefix_cache_hits_total", ""] == 32
+    assert told[1]["kvern:disk_cache_blocks", ""] == 2
+    assert told[1]["kvern:disk_cache_bytes", ""] == sum(
+        -(-path.stat().st_size // 4096) * 4096 for path in (tmp_path / "rows").rglob("*") if path.is_file()
+    )
+    numbers = 32 * 2 * 24
+    assert told[1]["kvern:disk_cache_read_bytes_total", ""] in (2 * numbers, 4 * numbers)
+    for name in ("written_bytes", "evicted_blocks", "corrupt_blocks", "failures"):
+        assert told[1][f"kvern:disk_cache_{name}_total", ""] == 0

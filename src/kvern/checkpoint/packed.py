@@ -50,7 +50,7 @@ PARTS = ("tiles", "scales", "picks", "factors")
 
 def packed_transformer(model: Transformer, folder: Path, progress: Progress | None = None) -> PackedTransformer:
     """The packed form of a model that was loaded, as stored, from `folder`; packs at most once a checkpoint and CPU."""
-    path, source = _path(folder, model), _source(folder)
+    path, source = _path(folder, model), checkpoint_state(folder)
     weights = _open(path, source)
     if weights is None:
         try:
@@ -235,8 +235,8 @@ def _path(folder: Path, model: Transformer) -> Path:
     return folder / f"packed-{packed.order()}{mtp}.kvern"
 
 
-def _source(folder: Path) -> str:
-    """A fingerprint of the checkpoint's state."""
+def checkpoint_state(folder: Path) -> str:
+    """A fingerprint of the checkpoint: names, sizes and times of its files."""
     files = [folder / CONFIG_FILE, *SafetensorsFolder(folder).files()]
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()

@@ -193,6 +193,8 @@ def engine_settings(chosen: ServeSettings) -> EngineSettings:
         prefix_caching=chosen.prefix_caching,
         drafts=chosen.drafts,
         draft_tokens=chosen.draft_tokens,
+        cache_dir=None if chosen.cache_dir is None else Path(chosen.cache_dir).expanduser(),
+        cache_disk_bytes=chosen.cache_disk_bytes,
     )
 
 

@@ -17,12 +17,14 @@ from kvern.engine.block_manager import BlockManager
 from kvern.engine.cache import PagedCache, row_bytes, rows_dtype
 from kvern.engine.drawing import Drawing
 from kvern.engine.params import SamplingParams
+from kvern.engine.prefix_loading import PrefixLoader
 from kvern.engine.request import FinishReason, Request, Update
 from kvern.engine.runner import Computed, Runner, hold_absorbed_weights, wants_mtp
 from kvern.engine.sampler import Row, Sampled, logprobs_of, sample
 from kvern.engine.scheduler import Chunk, Scheduler
 from kvern.engine.settings import Counts, EngineSettings, EngineStats
 from kvern.engine.speculative import speculator
+from kvern.engine.spill_opening import open_spill
 from kvern.errors import BadRequestError, BusyError, KvernError, NonFiniteLogitsError
 from kvern.model import Model
 from kvern.plan.hardware import machine
@@ -30,11 +32,15 @@ from kvern.plan.hardware import machine
 FULL_CONTEXTS = 8
 """Full contexts that the cache holds by default, where memory allows."""
 
+LOADING_SECONDS = 0.02
+"""How long a step without anything to compute waits for the disk."""
+
 
 class Engine:
     """Runs `model` for many requests at once."""
 
-    def __init__(self, model: Model, *, settings: EngineSettings | None = None) -> None:
+    def __init__(self, model: Model, *, settings: EngineSettings | None = None, identity: str = "") -> None:
+        """`identity` tells which weights the model has; a cache on disk needs to know."""
         self.settings = settings or EngineSettings()
         self.model = model
         self.vocab_size = model.config.vocab_size
@@ -46,6 +52,8 @@ class Engine:
         dtype = rows_dtype(model.activation_dtype, self.settings.cache_dtype)
         self.cache = PagedCache(model.config, blocks, self.settings.block_size, dtype)
         self.runner = Runner(model, self.cache, mtp=wants_mtp(model, self.settings))
+        self.spill = open_spill(self.settings, self.runner, identity)
+        self._loader: PrefixLoader | None = None
         self._ids = itertools.count()
         self.reset()
 
@@ -55,8 +63,11 @@ class Engine:
         expected = rows_dtype(self.model.activation_dtype, settings.cache_dtype)
         assert self.cache.dtype is expected, "cached prefixes would mix dtypes"
         blocks = len(self.cache.rows[0]) // settings.block_size
+        if self._loader is not None:
+            self._loader.abandon()
         self.blocks = BlockManager(blocks, settings.block_size, settings.prefix_caching)
-        self.scheduler = Scheduler(self.blocks, settings.step_tokens, settings.max_running)
+        self._loader = None if self.spill is None else PrefixLoader(self.blocks, self.spill)
+        self.scheduler = Scheduler(self.blocks, settings.step_tokens, settings.max_running, loader=self._loader)
         self._live: dict[int, Request] = {}
         self._arrived: deque[Request] = deque()
         self._cancelled: deque[int] = deque()
@@ -101,6 +112,8 @@ class Engine:
                 chunks = self.speculator.extend(chunks, self.scheduler, self.runner)
             updates += self._advance(chunks, self.runner.run(chunks))
             self._counts.steps += 1
+        elif self._loader is not None:
+            self._loader.wait(LOADING_SECONDS)
         if self.settings.check_every_step:
             self.check()
         return updates
@@ -151,11 +164,18 @@ class Engine:
             drafts=drafts.drafts if drafts else 0,
             draft_tokens=drafts.tokens if drafts else 0,
             accepted_by_position=tuple(drafts.accepted) if drafts else (),
+            disk=None if self.spill is None else self.spill.stats(),
         )
 
     def check(self) -> None:
         """Raise AssertionError unless every block is accounted for."""
-        self.blocks.check(request.blocks for request in self._live.values())
+        loading = () if self._loader is None else self._loader.owned()
+        self.blocks.check([*(request.blocks for request in self._live.values()), *loading])
+
+    def close(self) -> None:
+        """Finish what is being written to the disk. The engine computes on, but keeps nothing there any more."""
+        if self.spill is not None:
+            self.spill.close()
 
     def _take_notes(self) -> list[Update]:
         """Move what other threads left into the queues."""
@@ -181,6 +201,10 @@ class Engine:
             self.scheduler.computed(Chunk(one.chunk.request, one.count))
         if self.speculator is not None:
             self.speculator.learn(drawings, computed, self.runner)
+        if self.spill is not None:
+            for one in drawings:
+                if one.finish != "error":
+                    self.spill.offer(one.chunk.request)
         return [update for one in drawings for update in self._updates(one)]
 
     def _drawing(self, chunk: Chunk, computed: Computed, rows: range) -> Drawing:
@@ -228,6 +252,8 @@ class Engine:
         del self._live[request.id]
         if reason == "error":
             self.blocks.unseal(request.blocks)
+        if self.spill is not None:
+            self.spill.ended(request, trusted=reason != "error")
         self.scheduler.remove(request)
         if self.speculator is not None:
             self.speculator.forget(request)

@@ -69,6 +69,12 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hash of each full block of `tokens`, as far as it was needed."""
 
+    looked_up: bool = False
+    """Whether its prefix was loaded from the disk once; it is not loaded again after a preemption."""
+
+    spilled: int = 0
+    """Full blocks that were offered to the disk."""
+
     cached_tokens: int | None = None
     """Prompt tokens that others had computed when the request first ran."""
 

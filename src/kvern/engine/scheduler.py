@@ -3,10 +3,11 @@
 Each step has a budget of tokens. Running requests with a single token left (those that decode) go first, so that a long
 prompt never holds up an answer; the rest of the budget goes to all others, running and waiting alike, in order of
 priority and arrival, a chunk each. A waiting request enters when blocks for all its tokens are free, or those of worse
-priority can free them, and nobody behind it enters before; only where another is just computing its prefix does it let
-them pass, until it finds that prefix in the cache. When blocks run out, the request that is last in order gives all of
-its blocks back and waits again; what it had computed stays in the prefix cache until it is overwritten. The first in
-order is never preempted, so it advances in every step, and so does everybody in turn.
+priority can free them, and nobody behind it enters before; only where another is just computing its prefix, or it is
+just being read from the disk, does it let them pass, until it finds that prefix in the cache. When blocks run out, the
+request that is last in order gives all of its blocks back and waits again; what it had computed stays in the prefix
+cache until it is overwritten. The first in order is never preempted, so it advances in every step, and so does
+everybody in turn; it may wait for a moment where loads from the disk hold the blocks that it needs.
 
 Background requests (of priority BACKGROUND and worse) have a smaller budget of their own, so that a step that an
 interactive request waits for is short; beside interactive requests it is smaller still, and they get no drafts. It is
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvern.engine.block_manager import BlockManager
+from kvern.engine.prefix_loading import PrefixLoader
 from kvern.engine.request import BACKGROUND, Request
 
 
@@ -50,9 +52,10 @@ class Scheduler:
         step_tokens: int,
         max_running: int,
         background: BackgroundTokens = BackgroundTokens(),
+        loader: PrefixLoader | None = None,
     ) -> None:
         self.blocks, self.step_tokens, self.max_running = blocks, step_tokens, max_running
-        self.background = background
+        self.background, self.loader = background, loader
         self._beside = False
         self.running: list[Request] = []
         self.waiting: list[Request] = []
@@ -73,6 +76,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, blocks allocated; empty when there is nothing to do."""
         chunks: dict[int, Chunk] = {}
+        if self.loader is not None:
+            self.loader.take()
         self._beside = any(one.priority < BACKGROUND for one in (*self.running, *self.waiting))
         for request in [one for one in self.running if one.pending == 1]:
             self._advance(request, chunks)
@@ -82,7 +87,7 @@ class Scheduler:
             if not self._budget(request, chunks):
                 break
             if request not in self.running:
-                if full or self._is_being_computed(request):
+                if full or self._is_being_computed(request) or self._is_being_loaded(request):
                     continue
                 full = not self._enter(request, chunks)
             self._advance(request, chunks)
@@ -147,6 +152,14 @@ class Scheduler:
             if at < len(prefix) and one.order < request.order
         )
 
+    def _is_being_loaded(self, request: Request) -> bool:
+        """Whether a prefix that `request` could share comes from the disk, as it does from now on if it is there."""
+        if self.loader is None or len(self.running) >= self.max_running:
+            return False
+        reserve = len(self.running) + self.step_tokens // self.blocks.block_size if self.running else 0
+        taken = self.blocks.freed_by(one.blocks for one in self.running if one.priority > request.priority)
+        return self.loader.holds_up(request, self._prefix(request), reserve, taken)
+
     def _enter(self, request: Request, chunks: dict[int, Chunk]) -> bool:
         """Let a waiting request run, with its cached prefix, if all its tokens fit then; else change nothing."""
         cached = self.blocks.match(self._prefix(request))
@@ -179,6 +192,8 @@ class Scheduler:
         needed = -(-(request.computed + count) // self.blocks.block_size) - len(request.blocks)
         while (fresh := self.blocks.allocate(needed)) is None:
             victim = self.running[-1]
+            if victim is request and self.loader:
+                return False  # the loads give theirs back at once
             self._preempt(victim, chunks)
             if victim is request:
                 return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from kvern.errors import ConfigError
@@ -19,7 +20,8 @@ class EngineSettings:
     max_waiting: requests that share the steps, and that queue. cache_dtype: the activations' (auto) or fp8, about half
     of BF16's bytes at a small cost in quality (docs/quantization.md). check_every_step: prove after each step that the
     blocks' books balance. drafts: where guessed tokens come from (auto: n-grams, and the MTP layer where the model
-    has one); draft_tokens: most of them for a request in one step.
+    has one); draft_tokens: most of them for a request in one step. cache_dir: a folder where full blocks outlive the
+    process, in at most cache_disk_bytes (None: nothing is kept).
     """
 
     max_context: int | None = None
@@ -33,6 +35,8 @@ class EngineSettings:
     check_every_step: bool = False
     drafts: Drafts = "off"
     draft_tokens: int = 16
+    cache_dir: Path | None = None
+    cache_disk_bytes: int = 16 * 2**30
 
     def __post_init__(self) -> None:
         if self.cache_dtype not in get_args(CacheDtype):
@@ -51,6 +55,26 @@ class EngineSettings:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ConfigError(f"{name} must be at least 2, not {value}")
+        if self.cache_dir is not None and not self.prefix_caching:
+            raise ConfigError("cache_dir keeps prefixes, and prefix_caching is off", param="cache_dir")
+
+
+@dataclass(frozen=True)
+class DiskStats:
+    """What the prefix cache on disk holds and did. queries and hits count tokens, evicted and corrupt blocks.
+
+    failures: times that writing failed.
+    """
+
+    blocks: int
+    bytes: int
+    queries: int
+    hits: int
+    read_bytes: int
+    written_bytes: int
+    evicted: int
+    corrupt: int
+    failures: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,7 @@ class EngineStats:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_by_position: tuple[int, ...] = ()
+    disk: DiskStats | None = None
 
     @property
     def accepted_draft_tokens(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any, overload
 import torch
 
 from kvern.checkpoint.local import ensure_imported
+from kvern.checkpoint.packed import checkpoint_state
 from kvern.checkpoint.progress import progress_bar
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import Progress
@@ -69,7 +70,7 @@ class LLM(TextSide):
             super().__init__(folder, served_name(model))
             if engine is None:
                 opened = open_model(folder, dtype, mtp=_has_mtp(folder, chosen), progress=progress or bar)
-                engine = Engine(opened, settings=chosen)
+                engine = Engine(opened, settings=chosen, identity=checkpoint_state(folder))
         self.engine = engine
         self.temperature_mapping = temperature_mapping
         self.max_context, self.longer_context = self.engine.max_context, self.engine.longer_context
@@ -104,6 +105,10 @@ class LLM(TextSide):
     def run(self, prepared: Prepared) -> Iterator[Piece]:
         """Generate piece by piece; closing the iterator cancels the request."""
         return self._pieces(self._driver.start(prepared), prepared)
+
+    def close(self) -> None:
+        """Finish what is being written to the engine's cache_dir, where it has one, and free that for others."""
+        self.engine.close()
 
     def _complete(self, prepared: Sequence[Prepared]) -> list[Completion]:
         started = [(self._driver.start(one), one) for one in prepared]

@@ -8,6 +8,7 @@ that forks keeps working: the child starts its own threads with its first call.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import sys
 from functools import cache
@@ -32,6 +33,12 @@ def isa() -> str | None:
     """The instruction set in use: "amx", "avx512bf16", "avx512", "avx2" or "scalar"; None without the library."""
     lib = library()
     return None if lib is None else str(lib.kvern_isa().decode())
+
+
+@cache
+def fingerprint() -> str | None:
+    """Hash of the library's file: another build may round differently. None without the library."""
+    return None if library() is None else hashlib.sha256(_path().read_bytes()).hexdigest()
 
 
 def threads() -> int:

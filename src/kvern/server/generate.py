@@ -129,6 +129,7 @@ class EngineHost:
         self._draining = True
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop, 0.0)
+            await asyncio.to_thread(self.llm.engine.close)
 
     async def _wait_until_idle(self, seconds: float) -> None:
         end = time.monotonic() + seconds

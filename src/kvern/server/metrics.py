@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvern.engine import EngineStats, Update
+from kvern.engine.settings import DiskStats
 
 LABEL = "model_name"
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -103,7 +104,20 @@ class _EngineCollector(Collector):
         accepted = stats.accepted_draft_tokens
         yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", accepted)
         yield self._accepted(stats)
+        if stats.disk is not None:
+            yield from self._disk(stats.disk)
         yield self._finished(stats)
+
+    def _disk(self, disk: DiskStats) -> Iterator[Metric]:
+        yield self._counter("vllm:external_prefix_cache_queries", "Tokens looked up on the disk.", disk.queries)
+        yield self._counter("vllm:external_prefix_cache_hits", "Tokens read from the disk.", disk.hits)
+        yield self._gauge("kvern:disk_cache_blocks", "Blocks on the disk.", disk.blocks)
+        yield self._gauge("kvern:disk_cache_bytes", "Bytes on the disk, of --cache-disk-bytes.", disk.bytes)
+        yield self._counter("kvern:disk_cache_read_bytes", "Bytes read back.", disk.read_bytes)
+        yield self._counter("kvern:disk_cache_written_bytes", "Bytes written.", disk.written_bytes)
+        yield self._counter("kvern:disk_cache_evicted_blocks", "Blocks that gave way to others.", disk.evicted)
+        yield self._counter("kvern:disk_cache_corrupt_blocks", "Blocks that were damaged and deleted.", disk.corrupt)
+        yield self._counter("kvern:disk_cache_failures", "Times that writing failed.", disk.failures)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=[LABEL])
