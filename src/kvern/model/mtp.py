@@ -41,7 +41,12 @@ class MTPLayer(DecoderLayer):
 
     def predict(self, hidden_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
         """hidden [T, hidden] of tokens i and a batch of tokens i + 1 -> [T, hidden], ready for `shared_head.head`."""
+        out: Tensor = self.shared_head.norm(self.states(hidden_TE, rotation_TF, batch))
+        return out
+
+    def states(self, hidden_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
+        """What `predict` gives, before `shared_head.norm`."""
         embedded = self.embed_tokens(batch.tokens).to(hidden_TE.dtype)
         joined = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden_TE)], dim=-1))
-        out: Tensor = self.shared_head.norm(self(joined, rotation_TF, batch))
+        out: Tensor = self(joined, rotation_TF, batch)
         return out

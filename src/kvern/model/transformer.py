@@ -46,12 +46,16 @@ class Decoder(nn.Module):
 
     def forward(self, batch: ForwardBatch, activation_dtype: torch.dtype) -> Tensor:
         """Hidden states [T, hidden] after the last norm."""
+        out: Tensor = self.norm(self.states(batch, activation_dtype))
+        return out
+
+    def states(self, batch: ForwardBatch, activation_dtype: torch.dtype) -> Tensor:
+        """Hidden states [T, hidden] before the last norm."""
         rotation_TF = self.rotation(batch)
-        x_TE = self.embed_tokens(batch.tokens).to(activation_dtype)
+        x_TE: Tensor = self.embed_tokens(batch.tokens).to(activation_dtype)
         for layer in self.layers[: self.config.num_hidden_layers]:
             x_TE = layer(x_TE, rotation_TF, batch)
-        out: Tensor = self.norm(x_TE)
-        return out
+        return x_TE
 
 
 class Transformer(nn.Module):

@@ -16,6 +16,9 @@ from kvern.ops import (
     triton_backends,
 )
 from kvern.ops.dispatch import Op
+from kvern.ops.fp8_linear import Fp8Recipe as Fp8Recipe
+from kvern.ops.fp8_linear import fp8_linear as fp8_linear
+from kvern.ops.fp8_linear import scaled_product as scaled_product
 
 linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"))
 dequantize = Op("dequantize", reference.dequantize, native.backends("dequantize"))
@@ -59,5 +62,6 @@ ALL = (
     decode_latents,
     draw,
     logprobs,
+    scaled_product,
 )
 """Every op, for `kvern doctor` and for the parity tests."""

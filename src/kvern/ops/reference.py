@@ -48,9 +48,17 @@ def quantize_blocks(
     `power_of_two` rounds s up to 2^ceil(log2 s) (scale_fmt ue8m0). A block of zeros gets the scale of `smallest_amax`,
     which DeepSeek's kernel sets to 1e-4; weights with rows scaled by 2^-24 (exact imports) need it far smaller.
     """
-    rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    return quantize_tiles(weight, (BLOCK, BLOCK), power_of_two, smallest_amax)
+
+
+def quantize_tiles(x: Tensor, tile: tuple[int, int], power_of_two: bool, smallest_amax: float) -> tuple[Tensor, Tensor]:
+    """`quantize_blocks` with tiles of (r, c) numbers: x [R, C] -> (E4M3 [R, C], scale [ceil(R/r), ceil(C/c)] float32).
+
+    Tiles at the right and lower edge are ragged. NaN in a tile makes its scale and all its codes NaN.
+    """
+    rows, columns = x.shape
+    padded = F.pad(x.float(), (0, -columns % tile[1], 0, -rows % tile[0]))
+    blocks = padded.view(padded.shape[0] // tile[0], tile[0], padded.shape[1] // tile[1], tile[1])
     scale = blocks.abs().amax(dim=(1, 3)).clamp(min=smallest_amax) / E4M3_MAX
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))

@@ -1,0 +1,81 @@
+"""A `Transformer` made trainable: gradients on, MTP's copies shared, Linears in FP8 where the report has them so.
+
+Parameters are the FP32 masters; `activation_dtype` is what flows between layers, and what products outside FP8 are
+computed in. In higher precision stay the embedding, the head, MTP's eh_proj (BF16 in the official checkpoint, too),
+gate, norms and the attention core. What it gives up: the absorbed form of attention, which reads kv_b_proj as a matrix.
+Source: DeepSeek-V3 technical report, sections 3.3 and 4.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvern import ops
+from kvern.errors import ConfigError
+from kvern.model import Transformer
+from kvern.model.linear import Linear, RMSNorm
+from kvern.model.mtp import MTPLayer
+from kvern.ops import Fp8Recipe
+
+INITIAL_STD = 0.006
+"""The report's standard deviation of all weights (section 4.2), whatever config.json's initializer_range says."""
+
+KEPT_PRECISE = ("lm_head", "head", "eh_proj")
+
+
+class Fp8Linear(Linear):
+    """A Linear over the same parameters that computes its three products in FP8."""
+
+    def __init__(self, linear: Linear, recipe: Fp8Recipe) -> None:
+        super().__init__(linear.inputs, linear.outputs, torch.float32, "meta")
+        self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in] -> [.., out] in x.dtype."""
+        assert self.weight is not None
+        return ops.fp8_linear(x, self.weight, self.bias, self.recipe)
+
+
+def make_trainable(model: Transformer, recipe: Fp8Recipe | None = None) -> None:
+    """Prepare `model`, whose parameters are float32, for training: with Linears in FP8 where `recipe` is given.
+
+    Names of parameters stay the checkpoint's. MTP layers get the main model's embedding and head, which the checkpoint
+    stores as copies. Raises ConfigError where a weight is quantised or not float32.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is not torch.float32:
+            stored = str(parameter.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{name} is stored in {stored}, and training needs float32 masters",
+                hint="build the model with torch_dtype float32 and without quantization_config",
+            )
+    for layer in model.model.layers:
+        if isinstance(layer, MTPLayer):
+            layer.embed_tokens, layer.shared_head.head = model.model.embed_tokens, model.lm_head
+    if recipe is not None:
+        _use_fp8(model, recipe)
+    model.requires_grad_(True).train()
+
+
+def initialise(model: Transformer, generator: torch.Generator, std: float = INITIAL_STD) -> None:
+    """Fresh weights, drawn in the order of the names: N(0, std), norms 1, biases 0."""
+    norms = {module.weight for module in model.modules() if isinstance(module, RMSNorm)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter in norms:
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+
+
+def _use_fp8(model: Transformer, recipe: Fp8Recipe) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Linear and name not in KEPT_PRECISE:
+                setattr(parent, name, Fp8Linear(child, recipe))
