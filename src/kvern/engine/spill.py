@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from queue import SimpleQueue
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from kvern.engine.cache import PagedCache
 from kvern.engine.disk_cache import DiskCache
@@ -43,13 +44,16 @@ PATIENCE_SECONDS = 30.0
 CLOSING_SECONDS = 10.0
 """For what is still to be written when the engine is closed."""
 
+Bytes = NDArray[np.uint8]
+"""Numpy's copies take one thread: torch would wake all of its own, beside a step that computes, for every block."""
+
 log = logging.getLogger(__name__)
 
 
 class Load:
     """A chain of records on its way into blocks; the first `done` of them are there."""
 
-    def __init__(self, hashes: Sequence[bytes], blocks: Sequence[int], kept: int, rows: Tensor) -> None:
+    def __init__(self, hashes: Sequence[bytes], blocks: Sequence[int], kept: int, rows: Bytes) -> None:
         self.hashes, self.blocks, self.kept = hashes, blocks, kept
         """The first `kept` blocks were in memory and are only held; the others are to be filled."""
         self.started = time.monotonic()
@@ -66,12 +70,11 @@ class Load:
 
     def fill(self, payload: memoryview) -> bool:
         """Put the next record into its block; False: nobody wants it any more."""
-        record = torch.frombuffer(payload, dtype=torch.uint8)
         with self._lock:
             if self._cancelled:
                 return False
             target = self._rows[:, self.blocks[self.kept + self.done]]
-            target.copy_(record.view(target.shape))
+            target[:] = np.frombuffer(payload, dtype=np.uint8).reshape(target.shape)
             self.done += 1
             return True
 
@@ -86,7 +89,7 @@ class _Writing:
     """What the writer has to do, and what it did. It holds nothing of the engine."""
 
     disk: DiskCache
-    pending: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+    pending: OrderedDict[str, Bytes] = field(default_factory=OrderedDict)
     touched: deque[list[str]] = field(default_factory=lambda: deque(maxlen=256))
     current: str | None = None
     closing: bool = False
@@ -119,8 +122,8 @@ class _Writing:
                 self.current = None
                 self.changed.notify_all()
 
-    def _write(self, name: str, payload: Tensor) -> None:
-        content = payload.numpy().tobytes()
+    def _write(self, name: str, payload: Bytes) -> None:
+        content = payload.tobytes()
         if self.disk.put(name, content, lambda: self.current == name):
             self.written += len(content)
 
@@ -168,7 +171,7 @@ class Spill:
         self._size = cache.block_size
         self._validity = validity
         self._rows = block_records(cache, layers)
-        self._record = self._rows[:, 0].numel()
+        self._record = self._rows[:, 0].size
         self._most = max(1, QUEUE_BYTES // self._record)
         self._queries = self._hits = self._loaded = 0
         self._broken = False
@@ -196,7 +199,7 @@ class Spill:
                 return True
             if len(writing.pending) >= self._most or writing.closing or time.monotonic() < writing.retry_at:
                 return False
-            writing.pending[name] = self._rows[:, block].clone()
+            writing.pending[name] = self._rows[:, block].copy()
             writing.changed.notify_all()
         return True
 
@@ -287,7 +290,7 @@ def _close(writing: _Writing, reading: _Reading, threads: Sequence[threading.Thr
     writing.disk.close()
 
 
-def block_records(cache: PagedCache, layers: int) -> Tensor:
+def block_records(cache: PagedCache, layers: int) -> Bytes:
     """[layers, blocks, bytes of a block in a layer] uint8, a view of the rows."""
     rows = cache.rows[:layers].view(torch.uint8)
-    return rows.view(layers, rows.shape[1] // cache.block_size, cache.block_size * rows.shape[2])
+    return rows.view(layers, rows.shape[1] // cache.block_size, cache.block_size * rows.shape[2]).numpy()

@@ -40,7 +40,7 @@ def open_spill(settings: EngineSettings, runner: Runner, identity: str) -> Spill
     if not identity:
         raise ConfigError("a cache on disk needs to know which weights the model has", param="cache_dir")
     layers = len(runner.cache.rows) if runner.mtp else runner.model.config.num_hidden_layers
-    payload = block_records(runner.cache, layers)[:, 0].numel()
+    payload = block_records(runner.cache, layers)[:, 0].size
     if file_bytes(payload) > settings.cache_disk_bytes:
         raise ConfigError(
             f"cache_disk_bytes {settings.cache_disk_bytes} holds not one block of {file_bytes(payload)} bytes",
