@@ -76,3 +76,16 @@ def test_requests_that_are_one() -> None:
     assert request_cache.key("r", "o", URL, {"model": "m", "temperature": 0.5, "seed": 0}) is not None
     assert request_cache.key("r", "o", "/v1/responses", greedy) is None
     assert request_cache.key("r", "o", "/v1/responses", {**greedy, "store": False}) is not None
+
+
+def test_an_answer_that_is_used_again_has_its_own_ids() -> None:
+    suffix = "0123456789abcdef01234567"
+    for kind in ("chatcmpl-", "cmpl-", "resp_"):
+        body = {"id": kind + suffix, "output": [{"id": f"msg_{suffix}o0000"}], "text": "é"}
+        again = request_cache.renamed(body)
+        new = again["id"].removeprefix(kind)
+        assert len(new) == len(suffix)
+        assert new != suffix
+        assert again == {**body, "id": kind + new, "output": [{"id": f"msg_{new}o0000"}]}
+    for strange in ({}, {"id": None}, {"id": "x"}):
+        assert request_cache.renamed(strange) == strange

@@ -37,13 +37,13 @@ class Upload(Strict):
 
 
 class FileObject(BaseModel):
-    """A file. `status` is OpenAI's, deprecated and still required."""
+    """A file. `status` is OpenAI's, deprecated and still required; `expires_at` is left out where there is no end."""
 
     id: str
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
-    expires_at: int | None
+    expires_at: int | None = Field(default=None, exclude_if=lambda value: value is None)
     filename: str
     purpose: str
     status: Literal["processed"] = "processed"
