@@ -124,3 +124,9 @@ class UnreachableError(KvernError):
 
     status = 502
     code = "unreachable"
+
+
+class TrainingError(KvernError):
+    """Training that cannot go on: a loss or gradient that is not finite. What was saved before stays as it is."""
+
+    code = "training_failed"

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tests.model.oracle import checkpoint_names, kvern_model, random_config, transformers_model, transformers_mtp
 from tests.tiny import tiny_config, tiny_model
+from torch.utils.checkpoint import checkpoint
 
 from kvern.errors import ConfigError
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.linear import Linear
 from kvern.model.mtp import MTPLayer
 from kvern.ops import Fp8Recipe
-from kvern.train.balance import RoutingLog
+from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.loss import LossOptions, MTPWeight, training_loss
 from kvern.train.model import Fp8Linear, initialise, make_trainable
+from kvern.train.optim import AdamW, clip_gradients, parameter_groups
 from kvern.train.packed_rows import IGNORED, PackedRows
 
 DOCUMENTS = [[5, 9, 3, 7, 2], [8], [1, 4, 6]]
@@ -174,3 +177,38 @@ def test_what_cannot_be_trained_is_refused() -> None:
         PackedRows.of([1], [])
     with pytest.raises(ConfigError, match="float32 masters"):
         make_trainable(Transformer(tiny_config(torch_dtype="bfloat16")))
+
+
+def test_a_model_in_fp8_learns_with_balanced_gates() -> None:
+    model = trainable(recipe=Fp8Recipe())
+    log, balancer, optimizer = RoutingLog(model), LoadBalancer(model), AdamW(parameter_groups(model), 1e-2)
+    rows, values = PackedRows.of(*DOCUMENTS), []
+    for _ in range(15):
+        losses = training_loss(model, rows, log)
+        torch.autograd.backward(losses.total)
+        clip_gradients(dict(model.named_parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+        balancer.count(losses.routings)
+        balancer.step()
+        values.append(float(losses.main + losses.mtp))
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_blocks_computed_twice_change_nothing() -> None:
+    results = []
+    for twice in (False, True):
+        model = trainable(recipe=Fp8Recipe())
+        log, balancer = RoutingLog(model), LoadBalancer(model)
+        if twice:
+            for layer in model.model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        for _ in range(2):
+            losses = training_loss(model, PackedRows.of(*DOCUMENTS), log)
+            torch.autograd.backward(losses.total)
+            balancer.count(losses.routings)
+        loads = [load.counts_N.tolist() for load in balancer.step().values()]
+        results.append((loads, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert results[0][0] == results[1][0]
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,108 @@
+"""AdamW as the report trains: FP32 masters and gradients, both moments in BF16, decoupled weight decay, clipping.
+
+    m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
+    p = p (1 - lr wd) - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+A step computes in FP32 and rounds the moments when it stores them, so they take 4 bytes a parameter instead of 8. With
+b2 = 0.95 that leaves v within 8 % of where it would settle: farther off, a step is over half of BF16's spacing.
+b1 0.9, b2 0.95, weight decay 0.1 and a norm of at most 1.0 are the report's; eps 1e-8, and no decay on norms and
+biases, are ours, for it says neither. An expert without a token has a gradient of zeros, not none: a step is the same
+however the batch is split. What it gives up: one call for each parameter instead of a fused one.
+Source: DeepSeek-V3 technical report, sections 3.3.3 and 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kvern.errors import ConfigError, TrainingError
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+MAX_NORM = 1.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(Optimizer):
+    """`torch.optim.AdamW` for float32 parameters with moments in `moments`. The rate is `param_groups[..]["lr"]`."""
+
+    def __init__(
+        self,
+        groups: Iterable[Any],
+        lr: float,
+        *,
+        betas: tuple[float, float] = BETAS,
+        eps: float = 1e-8,
+        weight_decay: float = WEIGHT_DECAY,
+        moments: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ConfigError(f"impossible AdamW: lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}")
+        self.moments = moments
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that asks for a gradient; returns what `closure` does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._update(parameter, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; moments keep their dtype, which torch would turn into the parameter's."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in MOMENTS:
+                state[name] = state[name].to(self.moments)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, (first, second) = self.state[parameter], group["betas"]
+        if not state:
+            state["step"] = 0
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=self.moments)
+        state["step"] += 1
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
+        mean = state["exp_avg"].float().lerp_(gradient, 1 - first)
+        square = state["exp_avg_sq"].float().mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        state["exp_avg"].copy_(mean)
+        state["exp_avg_sq"].copy_(square)
+        below = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(mean, below, value=-group["lr"] / (1 - first ** state["step"]))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:
+    """Two groups: matrices, which decay, and norms and biases, which do not. Each parameter once."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float = MAX_NORM) -> float:
+    """Scale all gradients down to a common norm of at most `max_norm`; returns the norm before.
+
+    Raises TrainingError that names the first parameter with a gradient that is not finite; nothing is changed then.
+    """
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise TrainingError(f"the gradient of {name} is not finite")
+        raise TrainingError("the norm of all gradients is not finite")
+    nn.utils.clip_grads_with_norm_(list(parameters.values()), max_norm, norm)
+    return float(norm)
