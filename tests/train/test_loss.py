@@ -26,10 +26,14 @@ from kvern.train.packed_rows import IGNORED, PackedRows
 DOCUMENTS = [[5, 9, 3, 7, 2], [8], [1, 4, 6]]
 
 
-def trainable(layers: int = 1, recipe: Fp8Recipe | None = None) -> Transformer:
+def trainable(layers: int = 1, recipe: Fp8Recipe | None = None, std: float = 0.2) -> Transformer:
     """A tiny model with `layers` MTP layers."""
     model = tiny_model(tiny_config(num_nextn_predict_layers=layers))
-    initialise(model, torch.Generator().manual_seed(0), std=0.2)
+    generator = torch.Generator().manual_seed(0)
+    initialise(model, generator, std)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # norms of ones could not tell a state from its normed self
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     make_trainable(model, recipe)
     return model
 
@@ -162,11 +166,11 @@ def test_fp8_covers_every_linear_but_those_kept_precise() -> None:
 def test_fp8_gradients_point_the_same_way() -> None:
     gradients = []
     for recipe in (None, Fp8Recipe()):
-        model = trainable(recipe=recipe)
+        model = trainable(recipe=recipe, std=0.05)
         torch.autograd.backward(training_loss(model, PackedRows.of(*DOCUMENTS), RoutingLog(model)).total)
         grads = [p.grad.flatten() for n, p in model.named_parameters() if p.grad is not None and "experts" not in n]
         gradients.append(torch.cat(grads))
-    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.98
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.99
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

@@ -1,12 +1,12 @@
 """The product of FP8 matrices on Hopper's tensor cores: DeepGEMM where installed, else torch's blockwise `scaled_mm`.
 
 Both take 1x128 tiles on the left and 1x128 tiles or 128x128 blocks on the right, FP32 scales, and promote to FP32 after
-every 128 of K. DeepGEMM takes the blocks with BF16 results
-(Fprop, Dgrad); Wgrad, tiles on both sides, goes to torch. Sizes are padded with
-zeros to what the kernels take. Elsewhere on "cuda" (other cards, one scale for a whole tensor, CUDA before 12.9) the
-reference computes.
+every 128 of K. DeepGEMM takes the blocks with BF16 results (Fprop, Dgrad); Wgrad, tiles on both sides, goes to torch.
+Sizes are padded with zeros to what the kernels take. Elsewhere on "cuda" (other cards, one scale for a whole tensor,
+CUDA before 12.9) the reference computes.
 
-Written from the interfaces' documentation and not run on a card yet: the tests check shapes and strides only.
+Written from the interfaces' documentation and not run on a card yet: the tests check shapes and strides only, those of
+`scaled_mm` also through torch's own check.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def scaled_product(
     a, a_scale, b, b_scale = padded(a, a_scale, b, b_scale)
     if blocks and dtype is torch.bfloat16 and find_spec("deep_gemm") is not None:
         return _deep_gemm(a, a_scale, b, b_scale)[:rows, :outputs]
-    return _scaled_mm(a, a_scale, b, b_scale, blocks, dtype)[:rows, :outputs]
+    return torch_product(a, a_scale, b, b_scale, blocks, dtype)[:rows, :outputs]
 
 
 def padded(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +98,8 @@ def _deep_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor
     return out
 
 
-def _scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, blocks: bool, dtype: torch.dtype) -> Tensor:
+def torch_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, blocks: bool, dtype: torch.dtype) -> Tensor:
+    """`scaled_mm` of padded operands; `blocks`: b has 128x128 blocks."""
     tiles = F.ScalingType.BlockWise1x128
     right = F.ScalingType.BlockWise128x128 if blocks else tiles
     left_scale, right_scale = torch_scales(a_scale, b_scale, blocks)
