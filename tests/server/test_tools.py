@@ -183,7 +183,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
     ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "no tool 'x'"),
     ({"tools": [CLOCK, CLOCK]}, "tools.1.function.name", "two tools 'clock'"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict", "strict"),
+    (
+        {"tools": [CLOCK, {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
+        *("tools.1.function.parameters/not", "can not be enforced"),
+    ),
 ]
 
 

@@ -21,6 +21,7 @@ HI = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SCHEMA: Any = {"name": "n", "schema": {"type": "object"}}
 DEEP: dict[str, Any] = {}
 for _ in range(70):
     DEEP = {"a": DEEP}
@@ -222,7 +223,24 @@ BAD = [
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
     ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
     ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object", "json_schema": SCHEMA}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "response_format.json_schema.schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {**SCHEMA, "name": "a b"}}},
+        "response_format.json_schema.name",
+    ),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"guided_json": {}, "guided_choice": ["a"]}, "guided_choice"),
+    ({"guided_json": "[1]"}, "guided_json"),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": [""]}, "guided_choice.0"),
+    ({"guided_grammar": ""}, "guided_grammar"),
+    ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
     ({"temprature": 0}, "temprature"),
     ({"list": 0}, "list"),
     ({"(list)": 0}, "(list)"),

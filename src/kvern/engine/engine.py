@@ -95,6 +95,7 @@ class Engine:
                 salt=salt,
                 seed=secrets.randbits(63) if params.seed is None else params.seed,
                 limit=min(len(prompt) + params.max_tokens, self.max_context),
+                matcher=None if params.grammar is None else params.grammar.matcher(),
             )
         )
         return number
@@ -227,11 +228,25 @@ class Engine:
             return False
         request.tokens.append(drawn.token)
         self._counts.generated_tokens += 1
-        if drawn.token in self._stops(request):
+        try:
+            ended = self._ends(request, drawn.token)
+        except KvernError as error:
+            one.finish, one.error = "error", error
+            return False
+        if ended:
             one.finish = "stop"
         elif len(request.tokens) >= request.limit:
             one.finish = "length"
         return one.finish is None and one.confirmed
+
+    def _ends(self, request: Request, token: int) -> bool:
+        """Whether an answer ends with its newest token: a stop id, or the last one that its grammar can take."""
+        if token in self._stops(request):
+            return True
+        if request.matcher is None:
+            return False
+        request.matcher.advance(token)
+        return request.matcher.is_done
 
     def _updates(self, one: Drawing) -> list[Update]:
         """What happened to a request: nothing, tokens, its end; tokens before an error have an update of their own."""
@@ -244,7 +259,8 @@ class Engine:
 
     def _row(self, request: Request) -> Row:
         """What the sampler needs to know of a request."""
-        return Row(request.params, request.seed, request.tokens, request.prompt_length, self._stops(request))
+        stops = self._stops(request)
+        return Row(request.params, request.seed, request.tokens, request.prompt_length, stops, request.matcher)
 
     def _finish(
         self, request: Request, reason: FinishReason, drawn: Sequence[Sampled] = (), error: KvernError | None = None

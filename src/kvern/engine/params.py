@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvern.engine.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -15,7 +17,7 @@ class SamplingParams:
     logit_bias: (id, what is added to its logit). seed: with it, a draw depends on seed and position only.
     logprobs: None for none, else the chosen token's and those of the k best. prompt_logprobs: the prompt's as well.
     stop_token_ids end the answer, as the model's own stop ids do unless ignore_eos. vocab_limit: ids at and above it,
-    the padding of the head, are never drawn.
+    the padding of the head, are never drawn. grammar: what the answer must match; it ends where nothing may follow.
     """
 
     max_tokens: int
@@ -34,3 +36,4 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     vocab_limit: int | None = None
+    grammar: Grammar | None = None

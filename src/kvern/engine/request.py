@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvern.engine.grammar import Matcher
 from kvern.engine.params import SamplingParams
 from kvern.errors import KvernError
 
@@ -32,9 +33,9 @@ class TokenLogprob:
 class Update:
     """What one step did for one request. The last update of a request, and only that, has `finish`.
 
-    tokens: the new ids, a stop id included as the last. cached_tokens (prompt tokens found in the prefix cache) and
-    prompt_logprobs (one a prompt token, None for the first) are set in the first update with a token, and so is
-    started: when the request first left the queue, in seconds of time.monotonic.
+    tokens: the new ids, a stop id included as the last; a grammar ends an answer without one. cached_tokens (prompt
+    tokens found in the prefix cache) and prompt_logprobs (one a prompt token, None for the first) are set in the first
+    update with a token, and so is started: when the request first left the queue, in seconds of time.monotonic.
     """
 
     request_id: int
@@ -82,6 +83,9 @@ class Request:
     """When it first left the queue, time.monotonic."""
 
     reported: bool = False
+    matcher: Matcher | None = None
+    """The state of its grammar, where it has one: at the last of `tokens`."""
+
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property

@@ -1,6 +1,6 @@
 """From logits to a token id: greedy, or one draw from what temperature, min_p, top_k and top_p leave.
 
-    x = logits below vocab_limit; stop ids -inf below min_tokens; + logit_bias
+    x = logits below vocab_limit; -inf where the grammar forbids; stop ids -inf below min_tokens; + logit_bias
     x = x / r where x > 0 else x * r          for ids in prompt or answer, r = repetition_penalty
     x = x - frequency * count - presence      for ids in the answer
     then temperature, min_p, top_k, top_p and the draw: `ops.draw`
@@ -10,19 +10,21 @@ on what ran before. Log-probabilities are those of the logits as the model gave 
 the above: vLLM's default, `raw_logprobs`.
 
 Here only the few scores that a request changes are computed, in float64; all passes over the vocabulary are those of
-`ops.draw` and `ops.logprobs`. It gives up GPUs: logits are copied to the CPU.
+`ops.draw` and `ops.logprobs`. A greedy row whose best token its
+grammar allows needs no mask. It gives up GPUs: logits are copied to the CPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from kvern import ops
+from kvern.engine.grammar import Matcher, allowed, allows
 from kvern.engine.params import SamplingParams
 from kvern.engine.request import TokenLogprob
 from kvern.errors import BadRequestError, KvernError, NonFiniteLogitsError
@@ -37,13 +39,17 @@ MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Row:
-    """What the sampler needs of one request. tokens: the prompt, then the answer so far; stops: all ids that end it."""
+    """What the sampler needs of one request. tokens: the prompt, then the answer so far; stops: all ids that end it.
+
+    matcher: what its grammar allows next.
+    """
 
     params: SamplingParams
     seed: int
     tokens: Sequence[int]
     prompt_length: int
     stops: Collection[int] = ()
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,47 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """One token for each row of logits [S, vocab_size] float32. A row that cannot be sampled carries its error."""
     logits = logits.detach().cpu()
     assert len(logits) == len(rows), "one row of logits for each request"
-    tokens = ops.draw(logits, [_draw(logits, i, row) for i, row in enumerate(rows)])
+    tokens = ops.draw(logits, [_first_draw(logits, i, row) for i, row in enumerate(rows)])
+    errors: dict[int, KvernError] = {}
+    for i, row in enumerate(rows):
+        if row.matcher is not None and tokens[i] != NOT_FINITE:
+            try:
+                tokens[i] = _held_to(row.matcher, logits, i, row, tokens[i])
+            except KvernError as error:
+                tokens[i], errors[i] = -1, error
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] >= 0]
     told: dict[int, TokenLogprob] = {}
     if asked:
         chosen = logits if len(asked) == len(rows) else logits[asked]
         found = ops.logprobs(chosen, [_wanted(chosen, tokens[i], rows[i].params) for i in asked])
         told = {i: _told(tokens[i], one) for i, one in zip(asked, found, strict=True)}
-    return [_sampled(token, row, told.get(i)) for i, (token, row) in enumerate(zip(tokens, rows, strict=True))]
+    return [
+        Sampled(-1, error=errors[i]) if i in errors else _sampled(token, row, told.get(i))
+        for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
+    ]
+
+
+def _first_draw(logits: Tensor, index: int, row: Row) -> Draw:
+    """The draw without a grammar; where that can not be the answer, only whether the logits are finite."""
+    drawn_again = row.matcher is not None and row.params.temperature >= GREEDY_BELOW
+    return Draw(_limit(logits, row.params)) if drawn_again else _draw(logits, index, row)
+
+
+def _held_to(matcher: Matcher, logits: Tensor, index: int, row: Row, token: int) -> int:
+    """The token of a row under its grammar; `token` is the one without. Raises KvernError as the matcher does."""
+    if row.params.temperature < GREEDY_BELOW and token >= 0 and allows(matcher, token, row.stops):
+        return token
+    limit = _limit(logits, row.params)
+    may = allowed(matcher, row.stops, limit)
+    if not may.any():
+        return NOTHING_LEFT
+    masked = np.where(may, logits[index, :limit].numpy(), np.float32(-math.inf))
+    one = _draw(logits, index, row)
+    if one.edited is not None and one.scores is not None:
+        kept = may[one.edited]
+        one = replace(one, edited=one.edited[kept], scores=one.scores[kept])
+    (token,) = ops.draw(from_numpy(masked[None]), [one])
+    return token if token < 0 or may[token] else NOTHING_LEFT
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
@@ -96,8 +135,12 @@ def _sampled(token: int, row: Row, logprob: TokenLogprob | None) -> Sampled:
     if token == NOT_FINITE:
         return Sampled(-1, error=NonFiniteLogitsError(f"the logits at position {len(row.tokens)} are not finite"))
     if token == NOTHING_LEFT:
-        return Sampled(-1, error=BadRequestError("min_tokens and logit_bias leave no token to choose from"))
+        return Sampled(-1, error=BadRequestError(f"{_nothing_but(row)} leave no token to choose from"))
     return Sampled(token, logprob)
+
+
+def _nothing_but(row: Row) -> str:
+    return "min_tokens and logit_bias" if row.matcher is None else "the grammar, stop ids and min_tokens"
 
 
 def _limit(logits: Tensor, params: SamplingParams) -> int:

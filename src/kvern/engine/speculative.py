@@ -92,7 +92,8 @@ class Speculator:
                 predicting.append((request, chosen.count))
             drafts[request.id] = chosen.tokens
         for request, tokens in self._predict(predicting, runner):
-            drafts[request.id] = self._of[request.id].predicted = tokens
+            self._of[request.id].predicted = tokens
+            drafts[request.id] = tokens[: _fitting(request, tokens)]
         return [replace(chunk, drafts=drafts.get(chunk.request.id, ())) for chunk in chunks]
 
     def learn(self, drawings: Sequence[Drawing], computed: Computed, runner: Runner) -> None:
@@ -151,7 +152,8 @@ class Speculator:
         best, most = _Choice(), load
         if self._ngram and (proposal := drafted.ngram.propose(self._most + 1)) is not None:
             drafted.proposal = proposal
-            chances = [drafted.chances.of(proposal.matched + position) for position in range(room)]
+            fits = _fitting(request, proposal.tokens[:room])
+            chances = [drafted.chances.of(proposal.matched + position) for position in range(fits)]
             count, most = best_length(chances, load, context, self._cost)
             best = _Choice(count, proposal.tokens[:count])
         if self._mtp is not None and self._mtp.ready(request):
@@ -188,6 +190,11 @@ class _Choice:
     count: int = 0
     tokens: tuple[int, ...] = ()
     predicted: bool = False
+
+
+def _fitting(request: Request, drafts: Sequence[int]) -> int:
+    """How many drafts the request's grammar takes: the next one would never be drawn."""
+    return len(drafts) if request.matcher is None else request.matcher.fitting(drafts)
 
 
 def equal_from_start(drafts: Sequence[int], drawn: Sequence[int]) -> int:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from kvern.config import ModelConfig
+from kvern.engine.grammar import Grammar
 from kvern.engine.params import SamplingParams
 from kvern.errors import BadRequestError, CheckpointError, ContextLengthError
+from kvern.text.answer_grammar import AnswerGrammars
 from kvern.text.conversation import ConversationLike, as_conversation
 from kvern.text.fim import FillInTheMiddle
 from kvern.text.options import SamplingOptions, TemperatureMapping, mapped_temperature
+from kvern.text.output_format import OutputFormat
 from kvern.text.parser import PLAIN, Parsing
 from kvern.text.template import ChatTemplate
 from kvern.text.tokenizer import Tokenizer
@@ -58,10 +61,17 @@ class TextSide:
         """Ids from here on stand for no token: they pad the model's vocabulary."""
         return self.tokenizer.vocab_limit(self.vocab_size)
 
+    @cached_property
+    def grammars(self) -> AnswerGrammars:
+        """What makes grammars of formats and tools, over this model's ids."""
+        return AnswerGrammars(self.tokenizer, self.vocab_limit)
+
     def prepare_chat(self, conversation: ConversationLike, options: SamplingOptions) -> Prepared:
         """Check a chat request and turn it into ids. Raises BadRequestError naming the field."""
-        ids, parsing = self.encode_chat(conversation)
-        return replace(self.prepare(ids, options, param="messages"), parsing=parsing)
+        chat = as_conversation(conversation)
+        ids, parsing = self.encode_chat(chat)
+        prepared = replace(self.prepare(ids, options, param="messages"), parsing=parsing)
+        return self._held_to(prepared, self.grammars.of(chat, parsing))
 
     def encode_chat(self, conversation: ConversationLike) -> tuple[list[int], Parsing]:
         """The ids of a conversation, however long, and how to read the answer. Raises BadRequestError."""
@@ -69,10 +79,6 @@ class TextSide:
         chat.check()
         if self.template is None:
             raise BadRequestError(f"{self.name} has no chat template", hint="use generate, or an instruct model")
-        for index, tool in enumerate(chat.tools):
-            if tool.strict:
-                says = "strict tools are not supported yet: arguments may differ from the schema"
-                raise BadRequestError(says, param=f"tools.{index}.function.strict")
         return self.template.prompt(chat)
 
     def prepare_text(self, prompt: str, options: SamplingOptions, *, allow_special: bool = False) -> Prepared:
@@ -109,6 +115,13 @@ class TextSide:
         self._check_ids([token for token, _ in options.logit_bias], "logit_bias", self.vocab_size)
         room = self._room(prompt, options, param)
         return Prepared(tuple(prompt), self._params(options, room, frozenset(ends)), options.stop)
+
+    def _held_to(self, prepared: Prepared, grammar: Grammar | None) -> Prepared:
+        return prepared if grammar is None else replace(prepared, params=replace(prepared.params, grammar=grammar))
+
+    def with_format(self, prepared: Prepared, form: OutputFormat | None) -> Prepared:
+        """Hold an answer to a form from its first character on. Raises BadRequestError."""
+        return prepared if form is None else self._held_to(prepared, self.grammars.of_format(form))
 
     def _room(self, prompt: Sequence[int], options: SamplingOptions, param: str) -> int:
         if not prompt:

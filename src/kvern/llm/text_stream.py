@@ -67,7 +67,8 @@ class TextStream:
         """The text that became certain, the ids that were read, the events, how many tokens belong to reasoning."""
         text, events, reasoning = "", self._parse(""), 0
         for index, token in enumerate(update.tokens):
-            ends = update.finish == "stop" and index == len(update.tokens) - 1
+            last = index == len(update.tokens) - 1
+            ends = last and update.finish == "stop" and token in self._prepared.params.stop_token_ids
             if index < len(update.logprobs):
                 self._held.append(self._scored(update.logprobs[index], self._decoded, ends))
             self._drawn += 1

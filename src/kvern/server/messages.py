@@ -92,12 +92,19 @@ def prepare(llm: LLM, body: MessagesRequest) -> tuple[Prepared, int | None]:
     try:
         prepared = llm.prepare_chat(wished(llm, body), body.to_options())
     except BadRequestError as error:
-        error.param = None if error.param is None else NAMES.get(error.param, error.param.replace(".function.", "."))
+        error.param = _named(error.param)
         raise
     room = prepared.params.max_tokens
     if body.max_tokens > room:
         return prepared, room
     return replace(prepared, params=replace(prepared.params, max_tokens=body.max_tokens)), None
+
+
+def _named(param: str | None) -> str | None:
+    """A field of the request path's in the words of this dialect."""
+    if param is None:
+        return None
+    return NAMES.get(param, param.replace(".function.parameters", ".input_schema").replace(".function.", "."))
 
 
 def wished(llm: LLM, body: CountTokensRequest) -> Conversation:

@@ -35,6 +35,7 @@ from kvern.wire.stream import KEEP_ALIVE
 NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "thinking": "reasoning.effort"}
 """What the request path calls fields, and what this dialect calls them."""
 
+TOOL = re.compile(r"tools\.(\d+)\.function\.")
 MOST_ITEMS = 100
 router = APIRouter(responses={"4XX": {"model": wire.ErrorBody}, "5XX": {"model": wire.ErrorBody}})
 
@@ -143,11 +144,15 @@ async def input_items(request: Request, response_id: str) -> answer_wire.ItemLis
 
 def _prepare(llm: LLM, body: ResponsesRequest, items: list[Item]) -> Prepared:
     """Check and tokenise. Raises BadRequestError that names this dialect's fields."""
+    can_think = llm.template is not None and llm.template.can_think
+    chat = body.to_conversation(items, can_think)
     try:
-        can_think = llm.template is not None and llm.template.can_think
-        return llm.prepare_chat(body.to_conversation(items, can_think), body.to_options())
+        return llm.prepare_chat(chat, body.to_options())
     except BadRequestError as error:
         error.param = NAMES.get(error.param or "", error.param)
+        if error.param is not None and (found := TOOL.match(error.param)):
+            place = [tool.get("name") for tool in body.tools].index(chat.tools[int(found[1])].name)
+            error.param = f"tools.{place}.{error.param[found.end() :]}"
         raise
 
 

@@ -170,15 +170,17 @@ def _speaks_deepseek(request: Request, model: str) -> bool:
 
 def prepare_completion(llm: LLM, body: CompletionRequest) -> list[Prepared]:
     """Check and tokenise the prompts. Raises BadRequestError."""
+    form = body.guided_format()
+    return [llm.with_format(_prepare_prompt(llm, body, prompt), form) for prompt in body.prompts]
+
+
+def _prepare_prompt(llm: LLM, body: CompletionRequest, prompt: str | list[int]) -> Prepared:
     options = body.to_options()
+    if not isinstance(prompt, str):
+        return llm.prepare(prompt, options)
     if body.suffix is not None:
-        return [llm.prepare_middle(prompt, body.suffix, options) for prompt in body.prompts if isinstance(prompt, str)]
-    return [
-        llm.prepare_text(prompt, options, allow_special=body.allow_special_tokens)
-        if isinstance(prompt, str)
-        else llm.prepare(prompt, options)
-        for prompt in body.prompts
-    ]
+        return llm.prepare_middle(prompt, body.suffix, options)
+    return llm.prepare_text(prompt, options, allow_special=body.allow_special_tokens)
 
 
 def _echoed(llm: LLM, body: CompletionRequest, prompt: str | list[int]) -> str:

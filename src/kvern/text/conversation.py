@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from kvern.errors import BadRequestError
 from kvern.text.messages import Message, MessageLike, NamedTool, Tool, ToolChoice, as_messages
+from kvern.text.output_format import OutputFormat
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -22,7 +23,8 @@ class Conversation:
     """What is to be answered.
 
     thinking None: the model's own default. continues: the last message is the beginning of the assistant's answer, and
-    the model goes on with it. parallel_tool_calls False: at most one call.
+    the model goes on with it. parallel_tool_calls False: at most one call. format: what the text of the answer must
+    match, behind the reasoning; calls of tools stay possible unless tool_choice says otherwise.
     """
 
     messages: tuple[Message, ...]
@@ -31,6 +33,7 @@ class Conversation:
     parallel_tool_calls: bool = True
     thinking: bool | None = None
     continues: bool = False
+    format: OutputFormat | None = None
 
     def check(self) -> None:
         """Raise BadRequestError, naming the field, where the parts contradict each other."""
@@ -47,6 +50,9 @@ class Conversation:
             raise BadRequestError(f"there is no tool {self.tool_choice.name!r}", param="tool_choice")
         if self.continues and (self.messages[-1].role != "assistant" or self.messages[-1].tool_calls):
             raise BadRequestError("only an assistant's text can be continued", param="messages")
+        if self.continues and self.format is not None:
+            says = "an answer that is continued can not be held to a format"
+            raise BadRequestError(says, hint="leave out the assistant's beginning", param=self.format.param)
 
 
 ConversationLike: TypeAlias = Conversation | str | Sequence[MessageLike]

@@ -32,7 +32,8 @@ class CallFormat:
     section: what stands around all calls of an answer, ("", "") where nothing does. call: what stands around one.
     head: what comes between the call's opening and the arguments, its Word being the name. tail: the characters that
     may stand between the arguments and the call's end. closes_anywhere: the call's end is a control token of its own,
-    so it ends a call even in the middle of a string. opening: the texts before and after a name, to force a call.
+    so it ends a call even in the middle of a string. opening: the texts before and after a name, to force a call;
+    closing: the text behind its arguments; between: what stands between two calls.
     """
 
     name: str
@@ -42,6 +43,8 @@ class CallFormat:
     tail: str
     closes_anywhere: bool
     opening: tuple[str, str]
+    closing: str
+    between: str
 
     @property
     def markup(self) -> tuple[str, ...]:
@@ -51,6 +54,11 @@ class CallFormat:
     def force(self, name: str | None) -> str:
         """The beginning of a call of this tool, or (None) of any: the answer goes on with the arguments or the name."""
         return self.opening[0] if name is None else self.opening[0] + name + self.opening[1]
+
+    @property
+    def again(self) -> str:
+        """The text between the end of a call and the name of the next one."""
+        return self.between + self.opening[0].removeprefix(self.section[0])
 
     def read_loosely(self, text: str) -> tuple[str, str] | None:
         """Name and arguments of a whole call that is not written quite as it should be; None if it is no call."""
@@ -74,6 +82,8 @@ V3 = CallFormat(
     " \t\r\n`",
     True,
     (f"{SECTION[0]}{CALL[0]}function{SEPARATOR}", "\n```json\n"),
+    f"\n```{CALL[1]}",
+    "\n",
 )
 V31 = CallFormat(
     "deepseek_v31",
@@ -83,6 +93,8 @@ V31 = CallFormat(
     " \t\r\n",
     True,
     (SECTION[0] + CALL[0], SEPARATOR),
+    CALL[1],
+    "",
 )
 HERMES = CallFormat(
     "hermes",
@@ -95,8 +107,10 @@ HERMES = CallFormat(
     " \t\r\n}",
     False,
     ('<tool_call>\n{"name": "', '", "arguments":'),
+    "}\n</tool_call>",
+    "\n",
 )
-BARE = CallFormat("bare_json", ("", ""), ("", ""), (), "", False, ('{"name": "', '", "parameters":'))
+BARE = CallFormat("bare_json", ("", ""), ("", ""), (), "", False, ('{"name": "', '", "parameters":'), "}", "\n")
 
 BARE_HEAD: tuple[Part, ...] = (
     *(Space(), Lit("{"), Space(), Lit('"'), Word(("name", "type", "function", *ARGUMENT_KEYS)), Lit('"')),

@@ -22,6 +22,7 @@ from kvern.text.messages import Message, NamedTool, Role, Tool, ToolCall, ToolCh
 from kvern.text.options import MAX_STOPS, SamplingOptions
 from kvern.wire.fields import LIST, STRING, JSONObject, Name, StopString, Strict, Text, string_or_list
 from kvern.wire.reading import Inert, drop_inert, parse_object, read
+from kvern.wire.structured import JSONOutputFormat
 
 BILLING_HEADER = "x-anthropic-billing-header"
 NOT_SUPPORTED_YET: Inert = {
@@ -201,6 +202,7 @@ class OutputConfig(Strict):
     """Wishes about the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: JSONOutputFormat | None = Field(default=None, description="What the text of the answer must match.")
 
 
 class AnthropicMetadata(Strict):
@@ -233,6 +235,7 @@ class CountTokensRequest(Strict):
             parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
             thinking=None if self.thinking is None else THINKS.get(self.thinking.type),
             continues=self.messages[-1].role == "assistant",
+            format=self.output_config.format.to_format() if self.output_config and self.output_config.format else None,
         )
 
     def _system(self) -> tuple[Message, ...]:

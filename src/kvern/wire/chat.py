@@ -28,6 +28,7 @@ from kvern.text.messages import (
     ToolCall,
 )
 from kvern.text.options import SamplingOptions
+from kvern.text.output_format import OutputFormat
 from kvern.wire.answers import Usage
 from kvern.wire.fields import (
     LIST,
@@ -44,6 +45,7 @@ from kvern.wire.fields import (
     string_or_object,
 )
 from kvern.wire.reading import Inert, drop_inert, parse_object, validate
+from kvern.wire.structured import GuidedFields, ResponseFormat, StructuredOutputs, only
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for what is all but impossible; JSON has no infinity."""
@@ -57,7 +59,6 @@ NOT_SUPPORTED_YET: Inert = {
     "prediction": (),
     "prompt_cache_key": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -140,7 +141,7 @@ class FunctionDefinition(Strict):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: Text | None = None
     parameters: JSONObject | None = None
-    strict: bool | None = Field(default=None, json_schema_extra={"enum": [False, None]})
+    strict: bool | None = Field(default=None, description="true: arguments match the schema.")
 
 
 class ToolDefinition(Strict):
@@ -180,7 +181,7 @@ class ThinkingSwitch(Strict):
     type: Literal["enabled", "disabled"]
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, GuidedFields):
     """The body of POST /v1/chat/completions."""
 
     messages: list[RequestMessage] = Field(min_length=1, fail_fast=True)
@@ -190,6 +191,7 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: up to the end of the context.")
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     thinking: ThinkingSwitch | None = Field(default=None, description="Default: what the model does by itself.")
+    response_format: ResponseFormat | None = Field(default=None, description="What the content must match.")
     logprobs: bool = False
     top_logprobs: Logprobs | None = Field(default=None, description="Needs logprobs: true.")
 
@@ -203,7 +205,13 @@ class ChatCompletionRequest(SamplingFields):
             self.parallel_tool_calls,
             thinking=None if self.thinking is None else self.thinking.type == "enabled",
             continues=self.messages[-1].prefix,
+            format=self.output_format(),
         )
+
+    def output_format(self) -> OutputFormat | None:
+        """What the content must match. Raises BadRequestError for contradictions."""
+        asked = None if self.response_format is None else self.response_format.to_format()
+        return only([one for one in (asked, self.guided_format()) if one is not None])
 
     def to_options(self) -> SamplingOptions:
         """The sampling options, as the request path reads them."""
@@ -326,6 +334,8 @@ def read_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
         "stream_options": StreamOptions,
         "tools": ToolDefinition,
         "thinking": ThinkingSwitch,
+        "response_format": ResponseFormat,
+        "structured_outputs": StructuredOutputs,
     }
     request = validate(ChatCompletionRequest, fields, parts)
     for index, message in enumerate(request.messages):
@@ -337,6 +347,7 @@ def read_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
         raise BadRequestError("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:
         raise BadRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    request.output_format()
     return request
 
 

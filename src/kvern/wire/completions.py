@@ -30,6 +30,7 @@ from kvern.wire.fields import (
     TokenId,
 )
 from kvern.wire.reading import Inert, drop_inert, parse_object, validate
+from kvern.wire.structured import GuidedFields, StructuredOutputs
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's own for this route."""
@@ -56,7 +57,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, GuidedFields):
     """The body of POST /v1/completions."""
 
     prompt: Prompt
@@ -131,7 +132,10 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         fields = {**drop_inert({**fields, "suffix": None}, NOT_SUPPORTED_YET), "suffix": fields["suffix"]}
     else:
         fields = drop_inert(fields, NOT_SUPPORTED_YET)
-    request = validate(CompletionRequest, fields, {"stream_options": StreamOptions})
+    request = validate(
+        CompletionRequest, fields, {"stream_options": StreamOptions, "structured_outputs": StructuredOutputs}
+    )
+    request.guided_format()
     if request.max_tokens == 0 and not request.echo:
         raise BadRequestError("max_tokens 0 needs echo: true", param="max_tokens")
     if len(request.prompts) * request.n > MAX_CHOICES:

@@ -20,6 +20,7 @@ from kvern.text.options import SamplingOptions
 from kvern.wire.fields import Logprobs, Name, SamplingFields, StreamOptions, Strict, Text
 from kvern.wire.reading import Inert, drop_inert, parse_object, validate
 from kvern.wire.responses_items import Id, Item, Loose, TextOrParts, parse_items, read_part, to_messages
+from kvern.wire.structured import TextFormat
 
 NOT_SUPPORTED_YET: Inert = {
     "access_programs": (),
@@ -72,12 +73,6 @@ class ReasoningFields(Strict):
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
-
-
-class TextFormat(Strict):
-    """Plain text is the only form yet."""
-
-    type: Literal["text"] = "text"
 
 
 class TextFields(Strict):
@@ -149,7 +144,8 @@ class ResponsesRequest(SamplingFields):
         tools = tuple(tool.to_tool() for tool in self.functions if allowed is None or tool.name in allowed)
         thinking = None if self.reasoning.effort is None else self.reasoning.effort != "none"
         thinking = None if thinking and not can_think else thinking
-        return Conversation(tuple(messages), tools, choice, self.parallel_tool_calls, thinking)
+        form = self.text.format.to_format()
+        return Conversation(tuple(messages), tools, choice, self.parallel_tool_calls, thinking, format=form)
 
     def to_options(self) -> SamplingOptions:
         """The sampling options, as the request path reads them."""
@@ -165,7 +161,6 @@ def parse_responses_request(body: bytes) -> tuple[ResponsesRequest, list[Item]]:
     for name in ("reasoning", "text"):
         if isinstance(fields.get(name), dict):
             fields[name] = drop_inert(fields[name], {}, f"{name}.")
-    _refuse_formats(fields.get("text"))
     parts: dict[str, type[BaseModel]] = {
         "reasoning": ReasoningFields,
         "text": TextFields,
@@ -182,6 +177,7 @@ def parse_responses_request(body: bytes) -> tuple[ResponsesRequest, list[Item]]:
     for name in ("tools", "tool_choice"):
         _check_unicode(getattr(request, name), name)
     _choice(request.tool_choice, request.functions)
+    request.text.format.to_format()
     return request, parse_items(request.input)
 
 
@@ -190,13 +186,6 @@ def _drop(fields: dict[str, Any]) -> dict[str, Any]:
         return drop_inert(fields, NOT_SUPPORTED_YET)
     except BadRequestError as error:
         raise BadRequestError(error.message, hint=HINTS.get(error.param or ""), param=error.param) from error
-
-
-def _refuse_formats(text: Any) -> None:
-    form = text.get("format") if isinstance(text, dict) else None
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind in ("json_schema", "json_object"):
-        raise BadRequestError(f"text.format of type {kind} is not supported yet", param="text.format")
 
 
 def _check_unicode(value: Any, where: str) -> None:

@@ -186,7 +186,7 @@ class Response(BaseModel):
             safety_identifier=request.safety_identifier,
             store=request.store,
             temperature=temperature,
-            text=request.text.model_dump(exclude_none=True),
+            text=request.text.model_dump(exclude_none=True, by_alias=True),
             tool_choice=_choice(request.tool_choice),
             tools=[tool.echo() for tool in request.functions],
             top_logprobs=request.top_logprobs,
