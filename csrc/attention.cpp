@@ -13,6 +13,7 @@
 #include "kvern.h"
 #include "latent8.h"
 #include "pool.h"
+#include "sound.h"
 
 namespace kvern {
 namespace {
@@ -164,7 +165,7 @@ void compute(Slice& slice) {
 }
 
 bool are_sound(const PagedAttention& call) {
-  if (!call.starts || (call.sequences > 0 && !call.contexts)) return false;
+  if (!call.starts || (call.sequences > 0 && !call.contexts) || !is_addressable({call.sequences, call.table_stride})) return false;
   if (call.starts[0] != 0 || call.starts[call.sequences] != call.queries) return false;
   for (int64_t s = 0; s < call.sequences; ++s) {
     const int64_t count = int64_t{call.starts[s + 1]} - call.starts[s];
@@ -182,7 +183,9 @@ bool are_sound(const PagedAttention& call) {
 bool are_sizes_sound(const PagedAttention& call) {
   return is_float(call.out_dtype) && is_float(call.q_dtype) && is_rows_dtype(call.rows_dtype) && call.queries >= 0 &&
          call.row_count >= 0 && call.sequences >= 0 && call.block_size >= 1 && call.heads >= 1 && call.dim >= 1 &&
-         call.rank >= 1 && call.rank <= call.dim &&
+         call.rank >= 1 && call.rank <= call.dim && is_addressable({call.queries, call.heads, call.dim}) &&
+         is_addressable({call.heads, call.dim}) && is_addressable({call.row_count, call.row_stride}) &&
+         is_addressable({call.block_size}) &&
          call.row_stride >= row_elements(call.rows_dtype, call.rank, call.dim - call.rank);
 }
 
@@ -213,10 +216,7 @@ Group group_of(const PagedAttention& call, int64_t s, int64_t index) {
 
 }  // namespace
 
-int paged_latent_attention(const PagedAttention& call) {
-  if (!are_sizes_sound(call) || !are_sound(call)) return KVERN_BAD_ARGUMENT;
-  if (call.queries == 0) return KVERN_OK;
-  if (!call.out || !call.q || !call.rows) return KVERN_BAD_ARGUMENT;
+void paged_latent_attention(const PagedAttention& call) {
   const Problem problem = problem_of(call);
   Slice slice(problem);
   for (int64_t s = 0; s < call.sequences; ++s) {
@@ -228,7 +228,6 @@ int paged_latent_attention(const PagedAttention& call) {
     }
   }
   if (!slice.groups.empty()) compute(slice);
-  return KVERN_OK;
 }
 
 }  // namespace kvern
@@ -237,6 +236,11 @@ int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t qu
                                  int64_t row_count, int64_t row_stride, const int32_t* tables, int64_t table_stride,
                                  const int32_t* contexts, const int32_t* starts, int64_t sequences,
                                  int64_t block_size, int64_t heads, int64_t dim, int64_t rank, float scale) {
-  return kvern::paged_latent_attention({out, dtype, q, dtype, queries, rows, rows_dtype, row_count, row_stride, tables,
-                                        table_stride, contexts, starts, sequences, block_size, heads, dim, rank, scale});
+  const kvern::PagedAttention call{out, dtype, q, dtype, queries, rows, rows_dtype, row_count, row_stride, tables,
+                                   table_stride, contexts, starts, sequences, block_size, heads, dim, rank, scale};
+  if (!kvern::are_sizes_sound(call) || !kvern::are_sound(call)) return KVERN_BAD_ARGUMENT;
+  if (queries == 0) return KVERN_OK;
+  if (!out || !q || !rows) return KVERN_BAD_ARGUMENT;
+  kvern::paged_latent_attention(call);
+  return KVERN_OK;
 }

@@ -1,5 +1,6 @@
-// Attention for callers inside the library; kvern.h has the same as plain C, and says what is computed. Both return
-// KVERN_OK or KVERN_BAD_ARGUMENT, run on the pool, and must not be called from within a chunk of the pool.
+// Attention for callers inside the library; kvern.h has the same as plain C, and says what is computed. Both run on the
+// pool, and must not be called from within a chunk of the pool. They check nothing: the C functions check their arguments,
+// kvern_check_layer and kvern_run_layers those of a layer.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ struct PagedAttention {
   float scale;
 };
 
-int paged_latent_attention(const PagedAttention& call);
+void paged_latent_attention(const PagedAttention& call);
 
 // kvern_expanded_attention, with a dtype of its own for the output.
 struct ExpandedAttention {
@@ -39,6 +40,6 @@ struct ExpandedAttention {
   float scale;
 };
 
-int expanded_attention(const ExpandedAttention& call);
+void expanded_attention(const ExpandedAttention& call);
 
 }  // namespace kvern

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "kvern.h"
 #include "pool.h"
+#include "sound.h"
 
 namespace kvern {
 namespace {
@@ -37,6 +38,13 @@ Attend task_of(const Problem& problem, int64_t head) {
   task.context.rope_size = call.rope_size;
   task.context.value_at = call.nope;
   return task;
+}
+
+bool are_sizes_sound(const ExpandedAttention& call) {
+  return is_float(call.dtype) && call.tokens >= 0 && call.tokens <= call.context && call.heads >= 1 && call.value >= 1 &&
+         is_addressable({call.context, call.heads, call.nope}) && is_addressable({call.context, call.heads, call.rope_size}) &&
+         is_addressable({call.context, call.heads, call.value}) && is_addressable({call.context, call.rope_stride}) &&
+         call.rope_stride >= call.rope_size;
 }
 
 // The last blocks come first: they see most.
@@ -77,20 +85,12 @@ void attend_block(const Problem& problem, int64_t chunk) {
 
 }  // namespace
 
-int expanded_attention(const ExpandedAttention& call) {
-  if (!is_float(call.dtype) || !is_float(call.out_dtype) || call.tokens < 0 || call.tokens > call.context ||
-      call.heads < 1 || call.nope < 0 || call.rope_size < 0 || call.value < 1 || call.rope_stride < call.rope_size) {
-    return KVERN_BAD_ARGUMENT;
-  }
-  if (call.tokens == 0) return KVERN_OK;
-  const bool has_key = call.nope + call.rope_size > 0;
-  if (!call.out || !call.kv || (has_key && !call.q) || (call.rope_size > 0 && !call.rope)) return KVERN_BAD_ARGUMENT;
+void expanded_attention(const ExpandedAttention& call) {
   const Kernels& kernels = kernels_in_use();
   const Problem problem{call, kernels, Form(kernels, call.dtype, call.dtype, call.nope + call.rope_size, call.value), divide_up(call.tokens, kAttendLanes)};
   parallel_for(
       problem.blocks * call.heads,
       [](const void* context, int64_t chunk) { attend_block(*static_cast<const Problem*>(context), chunk); }, &problem);
-  return KVERN_OK;
 }
 
 }  // namespace kvern
@@ -98,6 +98,10 @@ int expanded_attention(const ExpandedAttention& call) {
 int kvern_expanded_attention(void* out, const void* q, const void* kv, const void* rope, int64_t rope_stride, int dtype,
                              int64_t tokens, int64_t context, int64_t heads, int64_t nope, int64_t rope_size,
                              int64_t value, float scale) {
-  return kvern::expanded_attention(
-      {out, dtype, q, kv, rope, rope_stride, dtype, tokens, context, heads, nope, rope_size, value, scale});
+  const kvern::ExpandedAttention call{out, dtype, q, kv, rope, rope_stride, dtype, tokens, context, heads, nope, rope_size, value, scale};
+  if (!kvern::are_sizes_sound(call)) return KVERN_BAD_ARGUMENT;
+  if (tokens == 0) return KVERN_OK;
+  if (!out || !kv || (nope + rope_size > 0 && !q) || (rope_size > 0 && !rope)) return KVERN_BAD_ARGUMENT;
+  kvern::expanded_attention(call);
+  return KVERN_OK;
 }

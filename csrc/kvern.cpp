@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "pool.h"
 #include "scalars.h"
+#include "sound.h"
 
 #if defined(KVERN_X86)
 #include <cpuid.h>
@@ -191,8 +192,8 @@ int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* w
                  int64_t m, int64_t n, int64_t k) {
   const bool is_f8 = weight_dtype == KVERN_F8_E4M3;
   if (!is_float(y_dtype) || !is_float(x_dtype) || !(is_f8 || is_float(weight_dtype))) return KVERN_BAD_ARGUMENT;
-  if (m < 0 || n < 0 || k < 0 || weight_stride < k || is_f8 != (scale != nullptr)) return KVERN_BAD_ARGUMENT;
-  if (is_f8 && scale_stride < divide_up(k, kBlock)) return KVERN_BAD_ARGUMENT;
+  if (!is_addressable({m, k}) || !is_addressable({m, n}) || !is_addressable({n, weight_stride}) || weight_stride < k || is_f8 != (scale != nullptr)) return KVERN_BAD_ARGUMENT;
+  if (is_f8 && (scale_stride < divide_up(k, kBlock) || !is_addressable({n, scale_stride}))) return KVERN_BAD_ARGUMENT;
   if (bias && !is_float(bias_dtype)) return KVERN_BAD_ARGUMENT;
   if (m == 0 || n == 0) return KVERN_OK;
   if (!y || (k > 0 && (!x || !weight))) return KVERN_BAD_ARGUMENT;
@@ -207,9 +208,9 @@ int kvern_linear(void* y, int y_dtype, const void* x, int x_dtype, const void* w
 
 int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weight_stride, const float* scale,
                      int64_t scale_stride, int64_t n, int64_t k) {
-  if (!is_float(out_dtype) || n < 0 || k < 0 || weight_stride < k) return KVERN_BAD_ARGUMENT;
+  if (!is_float(out_dtype) || k < 0 || weight_stride < k || !is_addressable({n, weight_stride})) return KVERN_BAD_ARGUMENT;
   if (n == 0 || k == 0) return KVERN_OK;
-  if (!out || !weight || !scale || scale_stride < divide_up(k, kBlock)) return KVERN_BAD_ARGUMENT;
+  if (!out || !weight || !scale || scale_stride < divide_up(k, kBlock) || !is_addressable({n, scale_stride})) return KVERN_BAD_ARGUMENT;
   const Dequantize task{out, out_dtype, static_cast<const uint8_t*>(weight), weight_stride, scale, scale_stride, n, k};
   over_rows(task, k * (1 + size_of(out_dtype)), kernels_in_use().dequantize);
   return KVERN_OK;
@@ -217,19 +218,23 @@ int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weigh
 
 uint64_t kvern_read(const void* data, int64_t bytes) {
   struct Read {
-    const uint64_t* words;
-    int64_t n;
+    const uint8_t* data;
+    int64_t n;  // words
     std::atomic<uint64_t>* sum;
   };
   std::atomic<uint64_t> sum{0};
-  const Read task{static_cast<const uint64_t*>(data), bytes / 8, &sum};
+  const Read task{static_cast<const uint8_t*>(data), bytes / 8, &sum};
   over_rows<Read>(task, 8, [](const Read& read, int64_t begin, int64_t end) {
-    uint64_t lanes[8] = {};
+    uint64_t lanes[8] = {}, words[8];
     int64_t i = begin;
     for (; i + 8 <= end; i += 8) {
-      for (int lane = 0; lane < 8; ++lane) lanes[lane] += read.words[i + lane];
+      std::memcpy(words, read.data + i * 8, sizeof words);  // the data may begin anywhere
+      for (int lane = 0; lane < 8; ++lane) lanes[lane] += words[lane];
     }
-    for (; i < end; ++i) lanes[0] += read.words[i];
+    for (; i < end; ++i) {
+      std::memcpy(words, read.data + i * 8, sizeof *words);
+      lanes[0] += words[0];
+    }
     for (int lane = 1; lane < 8; ++lane) lanes[0] += lanes[lane];
     read.sum->fetch_add(lanes[0], std::memory_order_relaxed);
   });

@@ -194,10 +194,12 @@ class Layer {
 
   // Queries in latent space, attention over the paged rows, and back to the values of each head.
   void attend_absorbed(const float* q, const std::vector<int64_t>& sequences, float* out) {
-    const Selection chosen = select(sequences);
-    const int64_t count = static_cast<int64_t>(chosen.tokens.size()), width = layer_.heads * latent();
+    const bool all = static_cast<int64_t>(sequences.size()) == step_.sequences;
+    const Selection some = all ? Selection{} : select(sequences);
+    const int32_t* places = all ? nullptr : arena_.copy(some.tokens);
+    const int64_t count = all ? step_.tokens : static_cast<int64_t>(some.tokens.size()), width = layer_.heads * latent();
     float* query = arena_.take<float>(count * width);
-    absorb(q, chosen.tokens, query);
+    absorb(q, places, count, query);
     const int dtype = step_.activations;
     void* rounded = query;
     if (dtype == KVERN_BF16) {
@@ -209,10 +211,10 @@ class Layer {
     const int64_t size = layer_.heads * layer_.rank;
     float* mixed = arena_.take<float>(count * size);
     paged_latent_attention({mixed, KVERN_F32, rounded, dtype, count, rows_, step_.rows_dtype, step_.row_count,
-                            step_.row_stride, chosen.tables.data(), step_.table_stride, chosen.contexts.data(),
-                            chosen.starts.data(), static_cast<int64_t>(sequences.size()), step_.block_size, layer_.heads,
-                            latent(), layer_.rank, layer_.softmax_scale});
-    const int32_t* places = arena_.copy(chosen.tokens);
+                            step_.row_stride, all ? step_.tables : some.tables.data(), step_.table_stride,
+                            all ? step_.contexts : some.contexts.data(), all ? step_.starts : some.starts.data(),
+                            static_cast<int64_t>(sequences.size()), step_.block_size, layer_.heads, latent(), layer_.rank,
+                            layer_.softmax_scale});
     each_head(layer_.values, {mixed, size, nullptr, count, layer_.rank}, layer_.rank,
               {out, layer_.heads * layer_.value, places, nullptr, false}, layer_.value);
   }
@@ -233,17 +235,17 @@ class Layer {
     return chosen;
   }
 
-  // (q_nope Wuk | q_rope) of the chosen tokens, [count, heads, latent].
-  void absorb(const float* q, const std::vector<int32_t>& tokens, float* query) {
-    const int64_t width = layer_.heads * head_size(), count = static_cast<int64_t>(tokens.size());
+  // (q_nope Wuk | q_rope) of the tokens at `places` (NULL: of the first `count`), [count, heads, latent].
+  void absorb(const float* q, const int32_t* places, int64_t count, float* query) {
+    const int64_t width = layer_.heads * head_size();
     for (int64_t i = 0; i < count * layer_.heads; ++i) {
-      const int64_t t = tokens[static_cast<size_t>(i / layer_.heads)], h = i % layer_.heads;
+      const int64_t t = places ? places[i / layer_.heads] : i / layer_.heads, h = i % layer_.heads;
       std::memcpy(query + i * latent() + layer_.rank, q + t * width + h * head_size() + layer_.nope,
                   static_cast<size_t>(layer_.rope) * sizeof(float));
       if (!layer_.nope) std::fill_n(query + i * latent(), layer_.rank, 0.0f);
     }
     if (!layer_.nope) return;
-    each_head(layer_.absorb, {q, width, arena_.copy(tokens), count, layer_.nope}, head_size(),
+    each_head(layer_.absorb, {q, width, places, count, layer_.nope}, head_size(),
               {query, layer_.heads * latent(), nullptr, nullptr, false}, latent());
   }
 
@@ -333,7 +335,7 @@ class Layer {
   }
 
   Routes route(const float* normed) {
-    if (!layer_.routed) return Routes(layer_, step_.tokens);
+    if (!layer_.routed) return Routes(layer_, step_.tokens, nullptr, arena_);
     float* scores = arena_.take<float>(step_.tokens * layer_.routed);
     const Arrangement x({normed, layer_.hidden, nullptr, step_.tokens, layer_.hidden}, layer_.gate.kind, KVERN_F32, arena_);
     x.fill_all();
@@ -341,7 +343,7 @@ class Layer {
     products.add(layer_.gate, x, {scores, layer_.routed, nullptr, nullptr, false});
     products.run();
     meter_.read(KVERN_WEIGHT_BYTES, products.bytes());
-    return Routes(layer_, step_.tokens, scores);
+    return Routes(layer_, step_.tokens, scores, arena_);
   }
 
   void feed_forward(const float* normed, const Routes& routes) {
@@ -349,12 +351,12 @@ class Layer {
     std::deque<Arrangement> sources;
     std::vector<float*> gates, ups;
     Products products;
-    for (const Routed& routed : routes.experts()) {
+    for (const Routed& routed : routes) {
       const kvern_expert& expert = layer_.experts[routed.index];
-      const auto rows = static_cast<int64_t>(routed.tokens.size()), width = expert.gate.n;
-      const Source source{normed, hidden, routed.tokens.data(), rows, hidden};
-      gates.push_back(arena_.take<float>(rows * width));
-      ups.push_back(arena_.take<float>(rows * width));
+      const int64_t width = expert.gate.n;
+      const Source source{normed, hidden, routed.tokens, routed.count, hidden};
+      gates.push_back(arena_.take<float>(routed.count * width));
+      ups.push_back(arena_.take<float>(routed.count * width));
       products.add(expert.gate, arranged(sources, source, expert.gate), {gates.back(), width, nullptr, nullptr, false});
       products.add(expert.up, arranged(sources, source, expert.up), {ups.back(), width, nullptr, nullptr, false});
     }
@@ -368,12 +370,13 @@ class Layer {
   void add_down(const Routes& routes, const std::vector<float*>& gates, const std::vector<float*>& ups) {
     std::deque<Arrangement> sources;
     Sequence down;
-    for (size_t i = 0; i < routes.experts().size(); ++i) {
-      const Routed& routed = routes.experts()[i];
+    size_t i = 0;
+    for (const Routed& routed : routes) {
       const kvern_packed& w = layer_.experts[routed.index].down;
-      const auto rows = static_cast<int64_t>(routed.tokens.size());
-      each(rows, kSerialRows, [&](int64_t r) { packed_kernels().rows.gate(gates[i] + r * w.k, ups[i] + r * w.k, w.k, routed.weights[static_cast<size_t>(r)]); });
-      down.add(w, arranged(sources, {gates[i], w.k, nullptr, rows, w.k}, w), {step_.x, layer_.hidden, routed.tokens.data(), nullptr, true});
+      float *gate = gates[i], *up = ups[i];
+      ++i;
+      each(routed.count, kSerialRows, [&](int64_t r) { packed_kernels().rows.gate(gate + r * w.k, up + r * w.k, w.k, routed.weights[r]); });
+      down.add(w, arranged(sources, {gate, w.k, nullptr, routed.count, w.k}, w), {step_.x, layer_.hidden, routed.tokens, nullptr, true});
     }
     fill_all(sources);
     down.run();
@@ -396,9 +399,10 @@ int kvern_check_layer(const kvern_layer* layer) { return layer && fits(*layer) ?
 
 int kvern_begin_step(const kvern_step* step, const float* frequencies, int64_t rope, float factor, const void* table,
                      int dtype, int64_t vocabulary, int64_t hidden, const int64_t* ids) {
-  if (!step || !has_sound_books(*step) || !step->slots || rope < 0) return KVERN_BAD_ARGUMENT;
+  if (!step || !has_sound_books(*step) || !step->slots || rope % 2 || !is_addressable({step->tokens, rope})) return KVERN_BAD_ARGUMENT;
   if (rope && (!frequencies || !step->rotation)) return KVERN_BAD_ARGUMENT;
   if (table && (!ids || !step->x || (dtype != KVERN_F32 && dtype != KVERN_BF16))) return KVERN_BAD_ARGUMENT;
+  if (table && (hidden < 1 || !is_addressable({step->tokens, hidden}) || !is_addressable({vocabulary, hidden}))) return KVERN_BAD_ARGUMENT;
   for (int64_t t = 0; table && t < step->tokens; ++t) {
     if (ids[t] < 0 || ids[t] >= vocabulary) return KVERN_BAD_ARGUMENT;
   }
@@ -422,7 +426,11 @@ int kvern_begin_step(const kvern_step* step, const float* frequencies, int64_t r
 
 int kvern_run_layers(const kvern_layer* layers, int64_t count, const kvern_step* step, void* rows, int64_t layer_bytes) {
   if (!layers || count < 0 || !step || !rows || layer_bytes < 0) return KVERN_BAD_ARGUMENT;
-  if (count && !is_sound(layers[0], *step)) return KVERN_BAD_ARGUMENT;  // all layers of a model have one shape
+  if (count && !is_sound(layers[0], *step)) return KVERN_BAD_ARGUMENT;
+  if (layer_bytes % row_element_bytes(step->rows_dtype)) return KVERN_BAD_ARGUMENT;
+  for (int64_t i = 1; i < count; ++i) {
+    if (!are_alike(layers[0], layers[i])) return KVERN_BAD_ARGUMENT;
+  }
   thread_local Arena arena;
   for (int64_t i = 0; i < count; ++i) {
     arena.clear();
@@ -434,7 +442,8 @@ int kvern_run_layers(const kvern_layer* layers, int64_t count, const kvern_step*
 int kvern_run_head(const kvern_packed* head, const float* norm, float eps, const kvern_step* step, int64_t hidden,
                    const int64_t* rows, int64_t count, float* out, float* logits) {
   if (!norm || !step || !step->x || !rows || !out || hidden < 1 || count < 0) return KVERN_BAD_ARGUMENT;
-  if (head && (!logits || head->k != hidden || !fits(*head))) return KVERN_BAD_ARGUMENT;
+  if (!is_addressable({step->tokens, hidden}) || !is_addressable({count, hidden})) return KVERN_BAD_ARGUMENT;
+  if (head && (!logits || head->k != hidden || !can_multiply(*head, count, step->activations))) return KVERN_BAD_ARGUMENT;
   for (int64_t i = 0; i < count; ++i) {
     if (rows[i] < 0 || rows[i] >= step->tokens) return KVERN_BAD_ARGUMENT;
   }

@@ -5,6 +5,7 @@
 #include "packed.h"
 #include "pool.h"
 #include "scalars.h"
+#include "sound.h"
 
 namespace kvern {
 namespace {
@@ -116,7 +117,8 @@ bool is_group(int64_t group, int64_t k) { return (group == 32 || group == 128) &
 
 bool can_pack(const Packing& task) {
   const bool is_int4 = task.dtype == KVERN_INT4, is_f8 = task.dtype == KVERN_F8_E4M3;
-  if (task.dtype < KVERN_F32 || task.dtype > KVERN_INT4 || task.n < 1 || task.k < 1) return false;
+  if (task.dtype < KVERN_F32 || task.dtype > KVERN_INT4 || task.n < 1 || task.k < 1 || !is_addressable({task.n, task.k})) return false;
+  if (!is_addressable({task.n, task.stride}) || (task.scale && !is_addressable({task.n, task.scale_stride}))) return false;
   if (task.kind != task.dtype && (task.kind != KVERN_F32 || is_int4)) return false;
   if (!task.tiles || !task.weight || task.stride < (is_int4 ? (task.k + 7) / 8 : task.k)) return false;
   if (is_int4) {
@@ -156,11 +158,12 @@ const char* kvern_packed_order(void) {
 }
 
 int64_t kvern_packed_bytes(int kind, int64_t n, int64_t k) {
-  if (kind < KVERN_F32 || kind > KVERN_INT4 || n < 1 || k < 1) return 0;
+  if (kind < KVERN_F32 || kind > KVERN_INT4 || n < 1 || k < 1 || !is_addressable({n, k})) return 0;
   return round_up(n, kLanes) / kLanes * (round_up(k, kPadding) / depth_of(kind)) * kTileBytes;
 }
 
 int64_t kvern_scale_bytes(int kind, int64_t n, int64_t k, int64_t group) {
+  if (n < 1 || k < 1 || !is_addressable({n, k})) return 0;
   const int64_t panels = round_up(n, kLanes) / kLanes, padded = round_up(k, kPadding);
   if (kind == KVERN_F8_E4M3) return panels * ((padded + kDepth - 1) / kDepth) * 4;
   if (kind == KVERN_INT4 && is_group(group, k)) return panels * (padded / group) * kLanes * 2;

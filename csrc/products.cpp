@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "sound.h"
 
 namespace kvern {
 namespace {
@@ -207,7 +208,7 @@ void Sequence::run() const {
 using namespace kvern;
 
 int kvern_multiply(const kvern_packed* w, const float* x, int64_t m, int activations, const float* bias, float* y) {
-  if (!w || !x || !y || m < 0 || (activations != KVERN_F32 && activations != KVERN_BF16)) return KVERN_BAD_ARGUMENT;
+  if (!w || !x || !y || !can_multiply(*w, m, activations)) return KVERN_BAD_ARGUMENT;
   thread_local Arena arena;
   arena.clear();
   const Arrangement columns({x, w->k, nullptr, m, w->k}, w->kind, activations, arena);

@@ -2,31 +2,35 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "kvern_layer.h"
+#include "products.h"
 
 namespace kvern {
 
-// `tokens` in ascending order with the weight of each.
+// `count` tokens in ascending order with the weight of each.
 struct Routed {
-  int64_t index;
-  std::vector<int32_t> tokens;
-  std::vector<float> weights;
+  int64_t index, count;
+  const int32_t* tokens;
+  const float* weights;
 };
 
+// The experts that see a token, in ascending order; they lie in the arena.
 class Routes {
  public:
-  // Every token to the common experts.
-  Routes(const kvern_layer& layer, int64_t tokens);
-  // And each to `top_k` of the routed ones; scores [tokens, routed], before the sigmoid.
-  Routes(const kvern_layer& layer, int64_t tokens, const float* scores);
+  // Every token goes to the common experts and to `top_k` of the routed ones; scores [tokens, routed], before the sigmoid,
+  // NULL where none is routed.
+  Routes(const kvern_layer& layer, int64_t tokens, const float* scores, Arena& arena);
 
-  // Those that see a token, in ascending order.
-  const std::vector<Routed>& experts() const { return experts_; }
+  const Routed* begin() const { return experts_; }
+  const Routed* end() const { return experts_ + size_; }
 
  private:
-  std::vector<Routed> experts_;
+  void add_common(const kvern_layer& layer, int64_t tokens, Arena& arena);
+  void add_routed(const kvern_layer& layer, int64_t tokens, const float* scores, Arena& arena);
+
+  Routed* experts_;
+  int64_t size_ = 0;
 };
 
 }  // namespace kvern
