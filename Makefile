@@ -4,6 +4,7 @@
 # make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs cmake, g++)
 #
 # PYTHON       the interpreter to build the environment with (3.11 or newer)
+# FUZZ         `make sanitize`: how many random calls, and the first's seed, as in FUZZ="100000 7"
 # MODEL, PORT  what `make serve` serves, and where
 # TORCH_INDEX  a wheel index for torch alone: its CPU build instead of gigabytes of CUDA, or a particular CUDA
 #              (the URL is on PyTorch's install page), as in: make serve TORCH_INDEX=https://...
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 MODEL ?= coder-0.5b
 PORT ?= 8000
+FUZZ ?= 1000 1
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
@@ -42,7 +44,7 @@ sanitize:
 	for kind in address,undefined thread; do \
 	  build=build/sanitize-$${kind%%,*}; \
 	  cmake -S . -B $$build -DKVERN_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
-	  cmake --build $$build --target driver && $$build/driver || exit 1; \
+	  cmake --build $$build --target driver fuzz && $$build/driver && $$build/fuzz $(FUZZ) || exit 1; \
 	done
 
 $(VENV)/torch:

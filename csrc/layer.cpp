@@ -182,6 +182,7 @@ class Layer {
     float* out = arena_.take<float>(step_.tokens * layer_.heads * layer_.value);
     std::vector<int64_t> absorbed;
     for (int64_t s = 0; s < step_.sequences; ++s) {
+      if (step_.starts[s] == step_.starts[s + 1]) continue;
       if (step_.expanded && step_.expanded[s]) {
         attend_expanded(q, s, out);
       } else {
@@ -280,7 +281,6 @@ class Layer {
   void attend_expanded(const float* q, int64_t sequence, float* out) {
     const int64_t first = step_.starts[sequence], count = step_.starts[sequence + 1] - first;
     const int64_t context = step_.contexts[sequence], width = layer_.nope + layer_.value;
-    if (count == 0) return;
     const int dtype = step_.activations;
     const int64_t heads = std::clamp<int64_t>(kExpandedBytes / (context * width * 6), 1, layer_.heads);
     float* latents = arena_.take<float>(context * latent());

@@ -209,6 +209,7 @@ using namespace kvern;
 
 int kvern_multiply(const kvern_packed* w, const float* x, int64_t m, int activations, const float* bias, float* y) {
   if (!w || !x || !y || !can_multiply(*w, m, activations)) return KVERN_BAD_ARGUMENT;
+  if (m == 0) return KVERN_OK;
   thread_local Arena arena;
   arena.clear();
   const Arrangement columns({x, w->k, nullptr, m, w->k}, w->kind, activations, arena);

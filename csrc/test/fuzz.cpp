@@ -1,0 +1,167 @@
+// Random calls of the whole C interface, for the sanitizers: shapes, strides, block tables, weights and layers of every
+// kind, numbers that no model has, and books and sizes that no call may accept. Every buffer has exactly the size that the
+// interface asks for. Valid calls must succeed, and a row must come out the same, bit for bit, alone and among others;
+// invalid ones must be refused and write nothing.
+//
+//   fuzz [cases] [seed]      case i has seed + i, so `fuzz 1 N` repeats the one that failed
+#include "fuzz.h"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+
+// A finding ends the run at once, through abort, whichever sanitizer has it.
+extern "C" const char* __asan_default_options() { return "abort_on_error=1"; }
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
+extern "C" const char* __tsan_default_options() { return "abort_on_error=1:halt_on_error=1"; }
+
+namespace {
+
+uint64_t running = 0;  // the seed of this case, for the report
+
+void report() { std::fprintf(stderr, "fuzz: repeat with `fuzz 1 %llu`\n", static_cast<unsigned long long>(running)); }
+
+void fuzz_linear(Fuzz& fuzz) {
+  int64_t m = fuzz.size(40), n = fuzz.size(150), k = fuzz.chance(20) ? 0 : fuzz.size(300);
+  int dtype = fuzz.one_of({KVERN_F32, KVERN_BF16, KVERN_F8_E4M3}), x_dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+  int y_dtype = fuzz.one_of({KVERN_F32, KVERN_BF16}), bias_dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+  int64_t stride = k + fuzz.between(0, 3), scale_stride = (k + 127) / 128 + fuzz.between(0, 2);
+  const bool is_f8 = dtype == KVERN_F8_E4M3;
+  const Buffer x = fuzz.numbers(m * k, x_dtype), w = fuzz.numbers((n - 1) * stride + k, dtype), bias = fuzz.numbers(n, bias_dtype);
+  const Buffer scale = fuzz.numbers((n - 1) / 128 * scale_stride + (k + 127) / 128, KVERN_F32);
+  const Buffer y(m * n * bytes_of(y_dtype)), one(n * bytes_of(y_dtype));
+  const void *at_x = x.data(), *at_w = w.data(), *at_bias = fuzz.chance(2) ? bias.data() : nullptr;
+  const float* at_scale = is_f8 ? scale.floats() : nullptr;
+  void* at_y = y.data();
+  const auto call = [&] {
+    return kvern_linear(at_y, y_dtype, at_x, x_dtype, at_w, dtype, stride, at_scale, scale_stride, at_bias, bias_dtype, m, n, k);
+  };
+  require(call() == KVERN_OK, "linear");
+  const auto bad = [&](auto& value, auto wrong) {
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&y}, "linear with a bad argument");
+  };
+  bad(m, -1); bad(n, -1); bad(k, -1); bad(m, kHuge); bad(n, kHuge); bad(k, kHuge); bad(m, kWide); bad(n, kWide); bad(k, kWide);
+  bad(y_dtype, 2); bad(x_dtype, 2); bad(dtype, fuzz.one_of({-1, 3, 99}));
+  bad(stride, k - 1); bad(stride, INT64_MIN); bad(stride, kHuge);
+  bad(at_scale, is_f8 ? nullptr : scale.floats()); bad(at_y, nullptr);
+  if (is_f8 && k) bad(scale_stride, (k + 127) / 128 - 1);
+  if (is_f8) bad(scale_stride, kHuge);
+  if (at_bias) bad(bias_dtype, -1);
+  if (k) bad(at_x, nullptr);
+  if (k) bad(at_w, nullptr);
+}
+
+void fuzz_dequantize(Fuzz& fuzz) {
+  int64_t n = fuzz.size(150), k = fuzz.size(300), stride = k + fuzz.between(0, 3), scale_stride = (k + 127) / 128 + fuzz.between(0, 2);
+  int dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+  const Buffer w = fuzz.numbers((n - 1) * stride + k, KVERN_F8_E4M3), out(n * k * bytes_of(dtype));
+  const Buffer scale = fuzz.numbers((n - 1) / 128 * scale_stride + (k + 127) / 128, KVERN_F32);
+  void* to = out.data();
+  const auto call = [&] { return kvern_dequantize(to, dtype, w.data(), stride, scale.floats(), scale_stride, n, k); };
+  require(call() == KVERN_OK, "dequantize");
+  const auto bad = [&](auto& value, auto wrong) {
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&out}, "dequantize with a bad argument");
+  };
+  bad(n, -1); bad(k, -1); bad(n, kHuge); bad(k, kHuge); bad(stride, k - 1); bad(stride, kHuge);
+  bad(scale_stride, (k + 127) / 128 - 1); bad(scale_stride, kHuge); bad(dtype, 2); bad(to, nullptr);
+}
+
+// Latents in blocks that are scattered and may be shared, sequences of any length, some without a query.
+void fuzz_paged(Fuzz& fuzz) {
+  int dtype = fuzz.one_of({KVERN_F32, KVERN_BF16}), rows_dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+  int64_t heads = fuzz.size(fuzz.chance(4) ? 140 : 12), dim = fuzz.size(150), rank = fuzz.between(1, dim);
+  int64_t block_size = fuzz.one_of<int64_t>({1, 3, 16, fuzz.size(40)}), sequences = fuzz.between(1, 5);
+  const int64_t longest = fuzz.chance(6) ? 700 : 90;
+  std::vector<int32_t> contexts, starts{0};
+  for (int64_t s = 0; s < sequences; ++s) {
+    contexts.push_back(static_cast<int32_t>(fuzz.between(1, longest)));
+    const int64_t most = std::min<int64_t>(contexts.back(), heads > 12 ? 3 : 20);
+    starts.push_back(starts.back() + static_cast<int32_t>(fuzz.chance(5) ? 0 : fuzz.between(1, most)));
+  }
+  int64_t stride = (*std::max_element(contexts.begin(), contexts.end()) + block_size - 1) / block_size + fuzz.between(0, 2);
+  int64_t row_count = fuzz.between(1, 30) * block_size + fuzz.between(0, block_size - 1), row_stride = dim + fuzz.between(0, 3);
+  std::vector<int32_t> tables(static_cast<size_t>(sequences * stride));
+  for (int32_t& block : tables) block = static_cast<int32_t>(fuzz.between(0, row_count / block_size - 1));
+  int64_t queries = starts.back();
+  Buffer t = buffer_of(tables), c = buffer_of(contexts), s = buffer_of(starts);
+  auto* table = reinterpret_cast<int32_t*>(t.data());
+  auto *context = reinterpret_cast<int32_t*>(c.data()), *start = reinterpret_cast<int32_t*>(s.data());
+  const Buffer q = fuzz.numbers(queries * heads * dim, dtype), out(queries * heads * rank * bytes_of(dtype));
+  const Buffer rows = fuzz.numbers((row_count - 1) * row_stride + dim, rows_dtype);
+  const void *at_q = q.data(), *at_rows = rows.data();
+  const auto call = [&] {
+    return kvern_paged_latent_attention(out.data(), at_q, dtype, queries, at_rows, rows_dtype, row_count, row_stride, table,
+                                        stride, context, start, sequences, block_size, heads, dim, rank, fuzz.is_wild ? NAN : 0.1f);
+  };
+  require(call() == KVERN_OK, "attention");
+  const auto bad = [&](auto& value, auto wrong) {
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&out}, "attention with a bad argument");
+  };
+  bad(queries, queries + 1); bad(queries, -1); bad(dtype, 2); bad(rows_dtype, 7); bad(row_stride, dim - 1); bad(row_stride, kHuge);
+  bad(row_count, -1); bad(row_count, kHuge); bad(sequences, -1); bad(block_size, 0); bad(block_size, kHuge); bad(block_size, INT64_MIN);
+  bad(heads, 0); bad(heads, kHuge); bad(heads, kWide); bad(dim, 0); bad(rank, 0); bad(rank, dim + 1); bad(stride, kHuge);
+  bad(start, nullptr); bad(context, nullptr); bad(start[0], 1); bad(start[sequences], queries + 1);
+  if (!queries) return;
+  bad(at_q, nullptr); bad(at_rows, nullptr); bad(table, nullptr);
+  const int64_t one = std::find_if(starts.begin(), starts.end(), [](int32_t i) { return i > 0; }) - starts.begin() - 1;
+  bad(context[one], start[one + 1] - start[one] - 1); bad(context[one], INT32_MIN); bad(context[one], stride * block_size + 1);
+  int32_t& block = table[one * stride + fuzz.between(0, (context[one] - 1) / block_size)];
+  bad(block, -1); bad(block, row_count / block_size); bad(block, INT32_MAX); bad(block, INT32_MIN);
+  if (sequences > 1) bad(start[1], fuzz.one_of({-1, INT32_MIN, INT32_MAX, static_cast<int32_t>(queries + 1)}));
+}
+
+void fuzz_expanded(Fuzz& fuzz) {
+  int dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+  int64_t context = fuzz.size(200), tokens = fuzz.between(1, context), heads = fuzz.between(1, 5), value = fuzz.size(80);
+  int64_t nope = fuzz.chance(4) ? 0 : fuzz.size(80), rope = fuzz.chance(4) ? 0 : fuzz.size(40), stride = rope + fuzz.between(0, 3);
+  const Buffer q = fuzz.numbers(tokens * heads * (nope + rope), dtype), kv = fuzz.numbers(context * heads * (nope + value), dtype);
+  const Buffer ropes = fuzz.numbers((context - 1) * stride + rope, dtype), out(tokens * heads * value * bytes_of(dtype));
+  const void *at_q = q.data(), *at_kv = kv.data(), *at_rope = ropes.data();
+  const auto call = [&] {
+    return kvern_expanded_attention(out.data(), at_q, at_kv, at_rope, stride, dtype, tokens, context, heads, nope, rope, value, 0.1f);
+  };
+  require(call() == KVERN_OK, "expanded attention");
+  const auto bad = [&](auto& one, auto wrong) {
+    must_refuse_with(one, static_cast<std::decay_t<decltype(one)>>(wrong), call, {&out}, "expanded attention with a bad argument");
+  };
+  bad(tokens, -1); bad(tokens, context + 1); bad(context, tokens - 1); bad(context, kHuge); bad(heads, 0); bad(heads, kHuge);
+  bad(nope, -1); bad(nope, kHuge); bad(rope, -1); bad(rope, kHuge); bad(value, 0); bad(value, kHuge); bad(value, kWide);
+  bad(stride, rope - 1); bad(stride, kHuge); bad(dtype, 2); bad(at_kv, nullptr);
+  if (nope + rope) bad(at_q, nullptr);
+  if (rope) bad(at_rope, nullptr);
+}
+
+void fuzz_bytes(Fuzz& fuzz) {
+  const int64_t size = fuzz.chance(4) ? fuzz.between(1 << 20, 3 << 20) : fuzz.between(0, 300), skipped = fuzz.between(0, std::min<int64_t>(size, 9));
+  const Buffer data(size);
+  const uint64_t hash = kvern_hash(data.data() + skipped, size - skipped);
+  kvern_read(data.data() + skipped, size - skipped);
+  require(hash == kvern_hash(data.copy().data() + skipped, size - skipped), "hash");
+}
+
+void run_case(uint64_t seed) {
+  running = seed;
+  Fuzz fuzz(seed);
+  const char* isa = fuzz.one_of({"scalar", "avx2", "avx512", "avx512bf16"});
+  if (kvern_select_isa(isa) != KVERN_OK) kvern_select_isa(nullptr);
+  require(kvern_set_threads(static_cast<int>(fuzz.between(1, 4))) == KVERN_OK, "threads");
+  using Part = void (*)(Fuzz&);
+  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
+                     fuzz_layer, fuzz_layer, fuzz_layer})(fuzz);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const uint64_t cases = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1000;
+  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
+  std::signal(SIGABRT, [](int) { report(); });
+  std::atexit([] { if (running) report(); });
+  for (const int threads : {0, -1, 1025, INT32_MAX}) require(kvern_set_threads(threads) == KVERN_BAD_ARGUMENT, "a bad number of threads");
+  require(kvern_select_isa("") == KVERN_BAD_ARGUMENT, "an unknown instruction set");
+  for (uint64_t i = 0; i < cases; ++i) run_case(seed + i);
+  running = 0;
+  std::printf("fuzz: %llu cases from seed %llu, fine\n", static_cast<unsigned long long>(cases), static_cast<unsigned long long>(seed));
+  return 0;
+}
