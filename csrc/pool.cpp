@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -26,6 +27,17 @@ inline void relax() {
 #endif
 }
 
+// So that `top -H` tells the workers from other threads, and who pins them to cores can find them.
+void name_worker(std::thread& worker, int number) {
+#if defined(__linux__)
+  char name[24];  // the system takes 15 characters, enough for 1024 threads
+  std::snprintf(name, sizeof name, "kvern-%d", number);
+  pthread_setname_np(worker.native_handle(), name);
+#else
+  (void)worker, (void)number;
+#endif
+}
+
 // Waits for ready() without sleeping. False: it took longer than kSpin + kYield, the caller should sleep.
 template <class Ready>
 bool wait_awake(Ready ready) {
@@ -44,7 +56,10 @@ bool wait_awake(Ready ready) {
 class Pool {
  public:
   explicit Pool(int workers) {
-    for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+    for (int i = 1; i <= workers; ++i) {
+      workers_.emplace_back([this] { work(); });
+      name_worker(workers_.back(), i);
+    }
   }
 
   ~Pool() {

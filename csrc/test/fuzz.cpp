@@ -69,7 +69,7 @@ void fuzz_dequantize(Fuzz& fuzz) {
 
 // Latents in blocks that are scattered and may be shared, sequences of any length, some without a query.
 void fuzz_paged(Fuzz& fuzz) {
-  int dtype = fuzz.one_of({KVERN_F32, KVERN_BF16}), rows_dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+  int dtype = fuzz.one_of({KVERN_F32, KVERN_BF16}), rows_dtype = fuzz.one_of<int>({KVERN_F32, KVERN_BF16, KVERN_LATENT8});
   int64_t heads = fuzz.size(fuzz.chance(4) ? 140 : 12), dim = fuzz.size(150), rank = fuzz.between(1, dim);
   int64_t block_size = fuzz.one_of<int64_t>({1, 3, 16, fuzz.size(40)}), sequences = fuzz.between(1, 5);
   const int64_t longest = fuzz.chance(6) ? 700 : 90;
@@ -80,7 +80,7 @@ void fuzz_paged(Fuzz& fuzz) {
     starts.push_back(starts.back() + static_cast<int32_t>(fuzz.chance(5) ? 0 : fuzz.between(1, most)));
   }
   int64_t stride = (*std::max_element(contexts.begin(), contexts.end()) + block_size - 1) / block_size + fuzz.between(0, 2);
-  int64_t row_count = fuzz.between(1, 30) * block_size + fuzz.between(0, block_size - 1), row_stride = dim + fuzz.between(0, 3);
+  int64_t row_count = fuzz.between(1, 30) * block_size + fuzz.between(0, block_size - 1), row_stride = row_elements(rows_dtype, rank, dim - rank) + fuzz.between(0, 3);
   std::vector<int32_t> tables(static_cast<size_t>(sequences * stride));
   for (int32_t& block : tables) block = static_cast<int32_t>(fuzz.between(0, row_count / block_size - 1));
   int64_t queries = starts.back();
@@ -88,7 +88,7 @@ void fuzz_paged(Fuzz& fuzz) {
   auto* table = reinterpret_cast<int32_t*>(t.data());
   auto *context = reinterpret_cast<int32_t*>(c.data()), *start = reinterpret_cast<int32_t*>(s.data());
   const Buffer q = fuzz.numbers(queries * heads * dim, dtype), out(queries * heads * rank * bytes_of(dtype));
-  const Buffer rows = fuzz.numbers((row_count - 1) * row_stride + dim, rows_dtype);
+  const Buffer rows = fuzz.numbers((row_count - 1) * row_stride + row_elements(rows_dtype, rank, dim - rank), rows_dtype);
   const void *at_q = q.data(), *at_rows = rows.data();
   const auto call = [&] {
     return kvern_paged_latent_attention(out.data(), at_q, dtype, queries, at_rows, rows_dtype, row_count, row_stride, table,
@@ -98,7 +98,7 @@ void fuzz_paged(Fuzz& fuzz) {
   const auto bad = [&](auto& value, auto wrong) {
     must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&out}, "attention with a bad argument");
   };
-  bad(queries, queries + 1); bad(queries, -1); bad(dtype, 2); bad(rows_dtype, 7); bad(row_stride, dim - 1); bad(row_stride, kHuge);
+  bad(queries, queries + 1); bad(queries, -1); bad(dtype, 2); bad(rows_dtype, 77); bad(row_stride, row_elements(rows_dtype, rank, dim - rank) - 1); bad(row_stride, kHuge);
   bad(row_count, -1); bad(row_count, kHuge); bad(sequences, -1); bad(block_size, 0); bad(block_size, kHuge); bad(block_size, INT64_MIN);
   bad(heads, 0); bad(heads, kHuge); bad(heads, kWide); bad(dim, 0); bad(rank, 0); bad(rank, dim + 1); bad(stride, kHuge);
   bad(start, nullptr); bad(context, nullptr); bad(start[0], 1); bad(start[sequences], queries + 1);

@@ -10,6 +10,7 @@
 
 #include "../kvern.h"
 #include "../kvern_layer.h"
+#include "../latent8.h"
 #include "../scalars.h"
 #include "check.h"
 
@@ -66,7 +67,7 @@ struct Fuzz {
   Buffer numbers(int64_t count, int dtype) {
     Buffer one(count * bytes_of(dtype));
     for (int64_t i = 0; i < count; ++i) {
-      if (dtype == KVERN_F8_E4M3) {
+      if (dtype == KVERN_F8_E4M3 || dtype == KVERN_LATENT8) {
         one.data()[i] = static_cast<uint8_t>(is_wild ? engine() : engine() % 127 + 128 * (engine() % 2));
       } else {
         write_scalar(one.data(), dtype, i, number());

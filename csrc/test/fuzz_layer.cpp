@@ -190,9 +190,9 @@ struct Books {
     std::iota(blocks.begin(), blocks.end(), 0);
     std::shuffle(blocks.begin(), blocks.end(), fuzz.engine);
     step.row_count = static_cast<int64_t>(blocks.size()) * step.block_size + fuzz.between(0, step.block_size - 1);
-    step.row_stride = layer.rank + layer.rope + fuzz.between(0, 3);
     step.tokens = begin.back();
-    step.rows_dtype = fuzz.one_of({KVERN_F32, KVERN_BF16});
+    step.rows_dtype = fuzz.one_of<int>({KVERN_F32, KVERN_BF16, KVERN_LATENT8});
+    step.row_stride = row_elements(step.rows_dtype, layer.rank, layer.rope) + fuzz.between(0, 3);
     step.activations = fuzz.one_of({KVERN_F32, KVERN_BF16});
     std::vector<uint8_t> flags;
     for (int64_t s = 0; s < step.sequences; ++s) flags.push_back(static_cast<uint8_t>(fuzz.between(0, 1)));
@@ -327,8 +327,9 @@ void run(Fuzz& fuzz, Books& books, const kvern_layer& layer) {
     must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&books.x, &books.rows}, "layers with a bad argument");
   };
   kvern_step& step = books.step;
-  bad(count, -1); bad(bytes, -4); bad(bytes, bytes + 1); bad(rows, nullptr); bad(step.x, nullptr); bad(step.rows_dtype, fuzz.one_of({-1, 4, 99}));
-  bad(step.activations, fuzz.one_of({-1, 2, 4})); bad(step.row_stride, layer.rank + layer.rope - 1); bad(step.row_stride, kHuge); bad(step.row_count, kHuge);
+  bad(count, -1); bad(bytes, -4); bad(rows, nullptr); bad(step.x, nullptr); bad(step.rows_dtype, fuzz.one_of({-1, 77, 99}));
+  if (step.rows_dtype != KVERN_LATENT8) bad(bytes, bytes + 1);
+  bad(step.activations, fuzz.one_of({-1, 2, 4})); bad(step.row_stride, row_elements(step.rows_dtype, layer.rank, layer.rope) - 1); bad(step.row_stride, kHuge); bad(step.row_count, kHuge);
   bad(step.slots[fuzz.between(0, step.tokens - 1)], fuzz.one_of<int64_t>({-1, step.row_count, kHuge, INT64_MIN}));
   bad(layers[1].rank, layer.rank + 4); bad(layers[1].hidden, layer.hidden + 1); bad(layers[1].rope, layer.rope + 2);
   if (layer.rope) bad(step.rotation, nullptr);

@@ -59,7 +59,21 @@ class ServeSettings(BaseSettings):
         json_schema_extra=MODEL,
     )
     threads: int | None = Field(
-        default=None, ge=1, description="threads to compute with; default: every usable core", json_schema_extra=MODEL
+        default=None,
+        ge=1,
+        le=1024,
+        description="threads to compute with; default: every usable core",
+        json_schema_extra=MODEL,
+    )
+    numa: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: on a machine with several memory nodes, spread weights and cache over all",
+        json_schema_extra=MODEL,
+    )
+    pin_threads: bool = Field(
+        default=False,
+        description="keep each thread on a core of its own; for a machine that serves nothing else",
+        json_schema_extra=MODEL,
     )
     host: str = Field(
         default="127.0.0.1",

@@ -11,17 +11,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from tests.cli.test_main import kvern
 from tests.tiny import CONTEXT
 
-from kvern.cli import main
+from kvern.cli import main, serve
 from kvern.cli.serve import banner, check_memory, engine_settings
 from kvern.config import ModelConfig
 from kvern.errors import ConfigError, NotEnoughMemoryError
-from kvern.plan import hardware
+from kvern.plan import hardware, numa
 from kvern.plan.memory import account
 from kvern.settings import ServeSettings
 
@@ -147,3 +148,25 @@ def test_sigterm_lets_a_running_stream_end(tiny_folder: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
         assert process.wait(20) == 0
+
+
+def _settings(**values: Any) -> ServeSettings:
+    return ServeSettings(model="m", **values)
+
+
+def test_memory_is_spread_over_nodes_and_a_refusal_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([None, "the system refused: no"])
+    monkeypatch.setattr(numa, "interleave", lambda nodes: next(answers))
+    for node in (0, 1):
+        folder = tmp_path / f"sys/devices/system/node/node{node}"
+        folder.mkdir(parents=True)
+        (folder / "meminfo").write_text(f"Node {node} MemTotal: 5 kB\n")
+    serve.spread_memory(_settings(), tmp_path)
+    assert "memory nodes: 2, weights and cache are spread over all" in capsys.readouterr().err
+    serve.spread_memory(_settings(), tmp_path)
+    assert "one of them may hold everything: the system refused: no" in capsys.readouterr().err
+    serve.spread_memory(_settings(numa="off"), tmp_path)
+    serve.spread_memory(_settings(), tmp_path / "nowhere")
+    assert capsys.readouterr().err == ""

@@ -94,6 +94,17 @@ def test_omp_num_threads(root: Path, monkeypatch: pytest.MonkeyPatch, value: str
     assert hardware.default_threads(root) == threads
 
 
+@pytest.mark.parametrize(
+    ("quota", "value", "threads"), [("150000 100000", "", 2), ("150000 100000", "64", 2), ("max 100000", "3", 3)]
+)
+def test_threads_under_a_quota(
+    root: Path, monkeypatch: pytest.MonkeyPatch, quota: str, value: str, threads: int
+) -> None:
+    write(root, "sys/fs/cgroup/team/job/cpu.max", quota + "\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert hardware.default_threads(root) == threads
+
+
 def test_a_machine_without_proc(tmp_path: Path) -> None:
     machine = hardware.machine(tmp_path)
     assert machine.isa == ()

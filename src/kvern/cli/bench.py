@@ -168,16 +168,12 @@ def _engine(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Model:
-    import torch
-
     from kvern.checkpoint.progress import progress_bar
+    from kvern.engine.threads import use_threads
     from kvern.llm import resolve
     from kvern.llm.opening import open_model
-    from kvern.ops import library
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-        library.set_threads(args.threads)
+    use_threads(args.threads)
     with progress_bar() as progress:
         return open_model(resolve(args.model, progress), args.dtype, pack=not args.unpacked, progress=progress)
 

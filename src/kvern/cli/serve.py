@@ -12,6 +12,7 @@ import copy
 import errno
 import gc
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from kvern.settings import ServeSettings
 
 if TYPE_CHECKING:
     from kvern.engine import EngineSettings
+    from kvern.llm import LLM
 
 HELP = "Serve a model over HTTP, as OpenAI's API. Settings also come from KVERN_* variables and kvern.toml."
 EXAMPLES = """\
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         folder = _model_folder(chosen.model)
         print(check_memory(folder, chosen), file=sys.stderr, flush=True)
         _say_what_is_missing()
+        spread_memory(chosen)
         return _serve(chosen, listener)
 
 
@@ -81,6 +84,36 @@ def check_memory(folder: Path, chosen: ServeSettings) -> str:
         hint = f"--max-context {room} would fit" if room >= 2 else "a machine with more memory, or a smaller model"
         raise NotEnoughMemoryError(f"{chosen.model} does not fit: {line}", hint=hint)
     return line
+
+
+def spread_memory(chosen: ServeSettings, root: Path = Path("/")) -> None:
+    """Have new pages dealt out to all memory nodes, where there are several and `numa` is auto; say what came of it.
+
+    To be called before other threads start: they inherit it.
+    """
+    from kvern.plan import numa
+
+    nodes = numa.nodes(root)
+    if chosen.numa == "off" or len([node for node in nodes if node.has_memory]) < 2:
+        return
+    reason = numa.interleave(nodes)
+    text = "weights and cache are spread over all" if reason is None else f"one of them may hold everything: {reason}"
+    print(f"memory nodes: {len(nodes)}, {text}", file=sys.stderr, flush=True)
+
+
+def pinned(llm: LLM, chosen: ServeSettings) -> LLM:
+    """The model, its threads kept on cores of their own where that was asked for."""
+    if chosen.pin_threads:
+        from kvern.engine.threads import pin_workers
+        from kvern.ops import library
+        from kvern.plan import numa
+
+        count = library.threads()
+        cores = numa.spread(numa.nodes(), count)
+        if not cores and hasattr(os, "sched_getaffinity"):
+            cores = tuple(sorted(os.sched_getaffinity(0)))
+        print(f"threads: {pin_workers(cores)} of {count} pinned", file=sys.stderr, flush=True)
+    return llm
 
 
 def banner(url: str, name: str) -> str:
@@ -150,12 +183,15 @@ def _serve(chosen: ServeSettings, listener: socket.socket) -> int:
 
     engine = engine_settings(chosen)
     app = create_app(
-        lambda: LLM(
-            chosen.model,
-            dtype=chosen.dtype,
-            threads=chosen.threads,
-            settings=engine,
-            temperature_mapping=chosen.temperature_mapping,
+        lambda: pinned(
+            LLM(
+                chosen.model,
+                dtype=chosen.dtype,
+                threads=chosen.threads,
+                settings=engine,
+                temperature_mapping=chosen.temperature_mapping,
+            ),
+            chosen,
         ),
         chosen,
         loaded,

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-import torch
-
 from kvern.checkpoint.local import ensure_imported
 from kvern.checkpoint.packed import checkpoint_state
 from kvern.checkpoint.progress import progress_bar
@@ -22,11 +20,11 @@ from kvern.checkpoint.save import Progress
 from kvern.config import ModelConfig
 from kvern.engine import Engine, EngineSettings
 from kvern.engine.request import Update
+from kvern.engine.threads import use_threads
 from kvern.errors import BusyError
 from kvern.llm.opening import Dtype, open_model
 from kvern.llm.prepare import Prepared, TextSide
 from kvern.llm.text_stream import TextStream
-from kvern.ops import library
 from kvern.text.conversation import ConversationLike
 from kvern.text.events import CallArguments, CallStart, Content, Event, Piece, Reasoning
 from kvern.text.messages import Completion, ToolCall
@@ -62,9 +60,7 @@ class LLM(TextSide):
         chosen = settings or EngineSettings(drafts="auto")
         if max_context is not None:
             chosen = replace(chosen, max_context=max_context)
-        if threads is not None:
-            torch.set_num_threads(threads)
-            library.set_threads(threads)
+        use_threads(threads)
         with progress_bar(after=PATIENCE) as bar:
             folder = resolve(model, progress or bar)
             super().__init__(folder, served_name(model))

@@ -59,6 +59,12 @@ def read_bandwidth(data: Tensor) -> int:
     return int(loaded().kvern_read(data.data_ptr(), data.numel() * data.element_size()))
 
 
+def start_workers() -> None:
+    """Let the pool start its threads now, not with the first product. Without the library there are none."""
+    if library() is not None:
+        read_bandwidth(torch.zeros(1 << 20, dtype=torch.uint8))
+
+
 def why_absent() -> str | None:
     """Why there are no native kernels, or None when there are."""
     path = _path()
