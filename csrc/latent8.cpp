@@ -6,6 +6,7 @@
 #include "kvern.h"
 #include "packed.h"
 #include "pool.h"
+#include "sound.h"
 
 namespace kvern {
 namespace {
@@ -23,7 +24,8 @@ void each_row(int64_t count, const Body& body) {
 }
 
 bool are_sound(const void* records, int64_t stride, const void* numbers, int64_t count, int64_t rank, int64_t rope) {
-  if (count < 0 || rank < 1 || rope < 0 || stride < latent8_bytes(rank, rope)) return false;
+  if (rank < 1 || !is_addressable({count, rank}) || !is_addressable({count, rope}) || !is_addressable({count, stride})) return false;
+  if (stride < latent8_bytes(rank, rope)) return false;
   return count == 0 || (records && numbers);
 }
 

@@ -132,6 +132,26 @@ void fuzz_expanded(Fuzz& fuzz) {
   if (rope) bad(at_rope, nullptr);
 }
 
+void fuzz_latents(Fuzz& fuzz) {
+  int64_t count = fuzz.size(40), rank = fuzz.size(300), rope = fuzz.between(0, 70), stride = latent8_bytes(rank, rope) + fuzz.between(0, 3);
+  const Buffer latents = fuzz.numbers(count * (rank + rope), KVERN_F32), records((count - 1) * stride + latent8_bytes(rank, rope));
+  const Buffer decoded(count * (rank + rope) * 4);
+  uint8_t* at = records.data();
+  float* to = decoded.floats();
+  const auto encode = [&] { return kvern_encode_latents(at, stride, latents.floats(), count, rank, rope); };
+  const auto decode = [&] { return kvern_decode_latents(to, at, stride, count, rank, rope); };
+  require(encode() == KVERN_OK && decode() == KVERN_OK, "latents in 8 bits");
+  const auto bad = [&](auto& value, auto wrong) {
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), encode, {&records}, "bad latents to encode");
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), decode, {&decoded}, "bad latents to decode");
+  };
+  bad(count, -1); bad(count, kHuge); bad(count, kWide); bad(rank, 0); bad(rank, -1); bad(rank, kHuge); bad(rope, -1); bad(rope, kHuge);
+  bad(stride, latent8_bytes(rank, rope) - 1); bad(stride, kHuge); bad(at, nullptr);
+  const Buffer any = fuzz.numbers(static_cast<int64_t>(records.size), KVERN_F8_E4M3);
+  at = any.data();
+  require(decode() == KVERN_OK, "any bytes as latents");
+}
+
 void fuzz_bytes(Fuzz& fuzz) {
   const int64_t size = fuzz.chance(4) ? fuzz.between(1 << 20, 3 << 20) : fuzz.between(0, 300), skipped = fuzz.between(0, std::min<int64_t>(size, 9));
   const Buffer data(size);
@@ -143,11 +163,11 @@ void fuzz_bytes(Fuzz& fuzz) {
 void run_case(uint64_t seed) {
   running = seed;
   Fuzz fuzz(seed);
-  const char* isa = fuzz.one_of({"scalar", "avx2", "avx512", "avx512bf16"});
+  const char* isa = fuzz.one_of({"scalar", "avx2", "avx512", "avx512bf16", "amx"});
   if (kvern_select_isa(isa) != KVERN_OK) kvern_select_isa(nullptr);
   require(kvern_set_threads(static_cast<int>(fuzz.between(1, 4))) == KVERN_OK, "threads");
   using Part = void (*)(Fuzz&);
-  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
+  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_latents, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
                      fuzz_layer, fuzz_layer, fuzz_layer})(fuzz);
 }
 
