@@ -132,6 +132,50 @@ void fuzz_expanded(Fuzz& fuzz) {
   if (rope) bad(at_rope, nullptr);
 }
 
+// A row of logits, edits, and what is drawn from it: an id of the row, or why there is none.
+void fuzz_sample(Fuzz& fuzz) {
+  const int64_t size = fuzz.chance(3) ? fuzz.between(1, 3000) : fuzz.size(200), edits = fuzz.chance(2) ? 0 : fuzz.between(1, 9);
+  const Buffer logits = fuzz.numbers(size, KVERN_F32), token(edits * 8), score(edits * 8), drawn(8);
+  auto* edited = reinterpret_cast<int64_t*>(token.data());
+  auto* scores = reinterpret_cast<double*>(score.data());
+  for (int64_t i = 0; i < edits; ++i) {
+    edited[i] = fuzz.between(0, size - 1);
+    scores[i] = fuzz.chance(4) ? -INFINITY : static_cast<double>(fuzz.number());
+  }
+  const auto share = [&] { return static_cast<double>(fuzz.between(0, 100)) / 100; };
+  kvern_draw row{logits.floats(), edited, scores, size, edits, fuzz.chance(2) ? 0 : fuzz.between(1, 2 * size),
+                 fuzz.one_of({0.0, 1.0, 0.01, 100.0, 1e-300, 1e300}), share(), share(), share() * 0.999};
+  int64_t n = 1;
+  auto* ids = reinterpret_cast<int64_t*>(drawn.data());
+  const auto call = [&] { return kvern_sample(&row, n, ids); };
+  require(call() == KVERN_OK && *ids < size && *ids >= KVERN_NOTHING_LEFT, "a draw");
+  const auto bad = [&](auto& value, auto wrong) {
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&drawn}, "a bad draw");
+  };
+  bad(n, -1); bad(ids, nullptr); bad(row.logits, nullptr); bad(row.size, 0); bad(row.size, -1); bad(row.size, int64_t{1} << 31); bad(row.edits, -1);
+  bad(row.top_k, -1); bad(row.uniform, fuzz.one_of({-0.1, 1.0, double{NAN}}));
+  for (double* value : {&row.top_p, &row.min_p}) bad(*value, fuzz.one_of({-0.1, 1.01, double{NAN}, double{INFINITY}}));
+  bad(row.temperature, fuzz.one_of({-1.0, 1e-320, double{NAN}, double{INFINITY}}));
+  if (!edits) return;
+  bad(row.edited, nullptr); bad(row.scores, nullptr);
+  bad(edited[fuzz.between(0, edits - 1)], fuzz.one_of<int64_t>({-1, size, kHuge, INT64_MIN}));
+}
+
+void fuzz_logprobs(Fuzz& fuzz) {
+  const int64_t size = fuzz.chance(3) ? fuzz.between(1, 3000) : fuzz.size(200), best = fuzz.chance(2) ? 0 : fuzz.between(1, size);
+  const Buffer logits = fuzz.numbers(size, KVERN_F32), id(best * 8), out((1 + best) * 8);
+  kvern_scored row{logits.floats(), size, fuzz.one_of<int64_t>({0, size - 1, size, -1, kHuge, INT64_MIN}), best,
+                   reinterpret_cast<int64_t*>(id.data()), reinterpret_cast<double*>(out.data())};
+  int64_t n = 1;
+  const auto call = [&] { return kvern_logprobs(&row, n); };
+  require(call() == KVERN_OK, "log-probabilities");
+  const auto bad = [&](auto& value, auto wrong) {
+    must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, {&id, &out}, "bad log-probabilities");
+  };
+  bad(n, -1); bad(row.logits, nullptr); bad(row.logprobs, nullptr); bad(row.size, 0); bad(row.size, int64_t{1} << 31); bad(row.best, -1); bad(row.best, size + 1);
+  if (best) bad(row.ids, nullptr);
+}
+
 void fuzz_latents(Fuzz& fuzz) {
   int64_t count = fuzz.size(40), rank = fuzz.size(300), rope = fuzz.between(0, 70), stride = latent8_bytes(rank, rope) + fuzz.between(0, 3);
   const Buffer latents = fuzz.numbers(count * (rank + rope), KVERN_F32), records((count - 1) * stride + latent8_bytes(rank, rope));
@@ -167,7 +211,7 @@ void run_case(uint64_t seed) {
   if (kvern_select_isa(isa) != KVERN_OK) kvern_select_isa(nullptr);
   require(kvern_set_threads(static_cast<int>(fuzz.between(1, 4))) == KVERN_OK, "threads");
   using Part = void (*)(Fuzz&);
-  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_latents, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
+  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_latents, fuzz_sample, fuzz_logprobs, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
                      fuzz_layer, fuzz_layer, fuzz_layer})(fuzz);
 }
 
@@ -180,7 +224,10 @@ int main(int count, char** arguments) {
   std::atexit([] { if (running) report(); });
   for (const int threads : {0, -1, 1025, INT32_MAX}) require(kvern_set_threads(threads) == KVERN_BAD_ARGUMENT, "a bad number of threads");
   require(kvern_select_isa("") == KVERN_BAD_ARGUMENT, "an unknown instruction set");
-  for (uint64_t i = 0; i < cases; ++i) run_case(seed + i);
+  for (uint64_t i = 0; i < cases; ++i) {
+    run_case(seed + i);
+    if (i % 5000 == 4999) std::fprintf(stderr, "fuzz: %llu cases\n", static_cast<unsigned long long>(i + 1));
+  }
   running = 0;
   std::printf("fuzz: %llu cases from seed %llu, fine\n", static_cast<unsigned long long>(cases), static_cast<unsigned long long>(seed));
   return 0;
