@@ -2,8 +2,9 @@
 
 FULL is `openapi.json` of github.com/openai/openai-openapi (MIT, see openai_spec.LICENSE), CUT is openai_spec.json
 beside this file, a schema a line. Kept are the schemas in `ANSWERS` and all that they refer to, without what does not
-validate: descriptions, examples, titles, defaults, vendors' extensions. `nullable`, which OpenAPI 3.1 has no more and
-the document still uses, becomes JSON Schema; recursion in the words of 2019-09 (filters of file search) is left open.
+validate: descriptions, examples, titles, defaults, vendors' extensions; of the requests, the names of their fields.
+`nullable`, which OpenAPI 3.1 has no more and the document still uses, becomes JSON Schema; recursion in the words of
+2019-09 (filters of file search) is left open.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ANSWERS = (
     "ResponseItemList",
     "ErrorResponse",
 )
+REQUESTS = ("CreateChatCompletionRequest", "CreateCompletionRequest", "CreateResponse")
 SAYS_NOTHING = (
     *("description", "example", "examples", "title", "default", "deprecated", "discriminator"),
     *("$recursiveRef", "$recursiveAnchor"),
@@ -48,6 +50,14 @@ def cut(full: dict[str, Any]) -> dict[str, Any]:
             wanted += references(kept[name])
     info = {"title": full["info"]["title"], "version": full["info"]["version"], "license": full["info"]["license"]}
     return {"openapi": full["openapi"], "info": info, "components": {"schemas": dict(sorted(kept.items()))}}
+
+
+def fields(schemas: dict[str, Any], value: dict[str, Any]) -> set[str]:
+    """The names of a request's fields."""
+    if "$ref" in value:
+        value = schemas[value["$ref"].removeprefix(PLACE)]
+    inner = [part for key in ("allOf", "anyOf", "oneOf") for part in value.get(key, ())]
+    return set(value.get("properties", ())).union(*(fields(schemas, part) for part in inner))
 
 
 def schema(value: Any) -> Any:
@@ -75,7 +85,9 @@ def references(value: Any) -> list[str]:
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("openai_spec.json")
-    spec = cut(json.loads(source.read_text(encoding="utf-8")))
+    full = json.loads(source.read_text(encoding="utf-8"))
+    every = full["components"]["schemas"]
+    spec = {"x-fields": {name: sorted(fields(every, every[name])) for name in REQUESTS}, **cut(full)}
     schemas = spec["components"].pop("schemas")
     lines = [f"{json.dumps(name)}: {json.dumps(one, separators=(',', ':'))}" for name, one in schemas.items()]
     head = json.dumps(spec).removesuffix("{}}")

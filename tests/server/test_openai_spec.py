@@ -317,9 +317,27 @@ def test_what_a_check_finds(schema: str, body: dict[str, Any], found: dict[str, 
 
 
 def test_the_document_is_whole_and_as_small_as_it_gets() -> None:
-    assert cut(SPEC) == SPEC
+    assert {"x-fields": SPEC["x-fields"], **cut(SPEC)} == SPEC
     for schema in SPEC["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (CHAT, "CreateChatCompletionRequest"),
+        (COMPLETIONS, "CreateCompletionRequest"),
+        (RESPONSES, "CreateResponse"),
+    ],
+)
+def test_every_field_of_a_request_is_known(served: httpx.Client, path: str, kind: str) -> None:
+    """Read, or refused by its name as what is not supported; it is no misspelling."""
+    for field in SPEC["x-fields"][kind]:
+        answer = served.post(path, json=asked(path, {}, False) | {field: {"no": "such"}})
+        if answer.status_code != 200:
+            error = answer.json()["error"]
+            assert error["param"].split(".")[0] == field
+            assert f"unknown field {field!r}" not in error["message"]
 
 
 def test_what_is_known_is_still_so(seen: set[str], request: pytest.FixtureRequest) -> None:

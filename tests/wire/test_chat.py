@@ -342,3 +342,16 @@ def test_a_body_of_a_million_mistakes_is_refused_at_the_first(body: dict[str, An
     with pytest.raises(BadRequestError):
         parse_chat_request(text)
     assert time.process_time() - begun < 2
+
+
+@pytest.mark.parametrize("can_think", [True, False])
+def test_an_effort_asks_to_think_where_the_model_can(can_think: bool) -> None:
+    def thinks(**fields: Any) -> bool | None:
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+        return parse_chat_request(json.dumps(body).encode()).to_conversation(can_think).thinking
+
+    assert thinks() is None
+    assert thinks(reasoning_effort="none") is False
+    assert thinks(reasoning_effort="high") is (True if can_think else None)
+    assert thinks(reasoning_effort="high", thinking={"type": "disabled"}) is False
+    assert thinks(reasoning_effort="none", thinking={"type": "enabled"}) is True

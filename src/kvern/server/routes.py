@@ -158,8 +158,9 @@ async def embeddings() -> None:
 
 def _conversation(llm: LLM, body: ChatCompletionRequest) -> Conversation:
     """What is to be answered. DeepSeek's names ask to think or not, as far as the model can."""
-    chat = body.to_conversation()
-    if chat.thinking is None and llm.template is not None and (llm.template.can_think or not THINKS.get(body.model)):
+    can_think = llm.template is not None and llm.template.can_think
+    chat = body.to_conversation(can_think)
+    if chat.thinking is None and llm.template is not None and (can_think or not THINKS.get(body.model)):
         return replace(chat, thinking=THINKS.get(body.model))
     return chat
 

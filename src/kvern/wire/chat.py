@@ -34,6 +34,7 @@ from kvern.wire.fields import (
     LIST,
     OBJECT,
     STRING,
+    Effort,
     JSONObject,
     Logprobs,
     Name,
@@ -56,13 +57,13 @@ NOT_SUPPORTED_YET: Inert = {
     "functions": ([],),
     "metadata": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
-    "prompt_cache_key": (),
-    "reasoning_effort": (),
-    "safety_identifier": (),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 """OpenAI's fields that Kvern does not compute, each with the values that ask for nothing."""
@@ -192,18 +193,21 @@ class ChatCompletionRequest(SamplingFields, GuidedFields):
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
     thinking: ThinkingSwitch | None = Field(default=None, description="Default: what the model does by itself.")
     response_format: ResponseFormat | None = Field(default=None, description="What the content must match.")
+    reasoning_effort: Effort | None = Field(default=None, description="none: no thinking; any other: thinking.")
     logprobs: bool = False
     top_logprobs: Logprobs | None = Field(default=None, description="Needs logprobs: true.")
+    prompt_cache_key: Name | None = Field(default=None, description="A label; equal prefixes are found without it.")
+    safety_identifier: Name | None = Field(default=None, description="A label; it changes nothing in the answer.")
 
-    def to_conversation(self) -> Conversation:
-        """What is to be answered, as the request path reads it."""
+    def to_conversation(self, can_think: bool = True) -> Conversation:
+        """What is to be answered, as the request path reads it; `can_think`: whether the model can."""
         choice = self.tool_choice or "auto"
         return Conversation(
             tuple(message.to_message() for message in self.messages),
             tuple(tool.to_tool() for tool in self.tools),
             choice if isinstance(choice, str) else NamedTool(choice.function.name),
             self.parallel_tool_calls,
-            thinking=None if self.thinking is None else self.thinking.type == "enabled",
+            thinking=self._thinks(can_think),
             continues=self.messages[-1].prefix,
             format=self.output_format(),
         )
@@ -212,6 +216,13 @@ class ChatCompletionRequest(SamplingFields, GuidedFields):
         """What the content must match. Raises BadRequestError for contradictions."""
         asked = None if self.response_format is None else self.response_format.to_format()
         return only([one for one in (asked, self.guided_format()) if one is not None])
+
+    def _thinks(self, can_think: bool) -> bool | None:
+        """The switch, or the effort. Clients send an effort to any model, so one that can not think just answers."""
+        if self.thinking is not None or self.reasoning_effort is None:
+            return None if self.thinking is None else self.thinking.type == "enabled"
+        asked = self.reasoning_effort != "none"
+        return None if asked and not can_think else asked
 
     def to_options(self) -> SamplingOptions:
         """The sampling options, as the request path reads them."""

@@ -5,7 +5,7 @@ Read strictly: no coercion ("1" is no number) and nothing unknown. Limits that a
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
@@ -56,6 +56,7 @@ def check_json(value: Any, depth: int = 0) -> Any:
 Text = Annotated[str, AfterValidator(check_unicode)]
 JSONObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 StopString = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]

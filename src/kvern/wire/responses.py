@@ -17,7 +17,7 @@ from kvern.errors import BadRequestError
 from kvern.text.conversation import Conversation
 from kvern.text.messages import NamedTool, Tool, ToolChoice
 from kvern.text.options import SamplingOptions
-from kvern.wire.fields import Logprobs, Name, SamplingFields, StreamOptions, Strict, Text
+from kvern.wire.fields import Effort, Logprobs, Name, SamplingFields, StreamOptions, Strict, Text
 from kvern.wire.reading import Inert, drop_inert, parse_object, validate
 from kvern.wire.responses_items import Id, Item, Loose, TextOrParts, parse_items, read_part, to_messages
 from kvern.wire.structured import TextFormat
@@ -57,7 +57,6 @@ Includable: TypeAlias = Literal[
 ]
 """What may be asked for. All but the first two belong to items that never occur here, so they add nothing."""
 
-Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 MetadataKey = Annotated[Text, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[Text, StringConstraints(max_length=512)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
