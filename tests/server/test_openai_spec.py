@@ -75,11 +75,21 @@ STREAMED = {
     RESPONSES: "ResponseStreamEvent",
 }
 LOGPROBS = ["message.output_text.logprobs"]
+SHAPE = {
+    "type": "object",
+    "properties": {"a": {"type": "boolean"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, {"max_tokens": 4}),
     "chat with choices": (CHAT, {"max_tokens": 3, "n": 2, "stop": ["x"], "seed": 1}),
     "chat with logprobs": (CHAT, {"max_tokens": 3, "logprobs": True, "top_logprobs": 2}),
     "chat with usage": (CHAT, {"max_tokens": 3, "stream_options": {"include_usage": True}}),
+    "chat with a schema": (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SHAPE, "strict": True}}},
+    ),
     "completion": (COMPLETIONS, {"max_tokens": 4}),
     "completion of prompts": (COMPLETIONS, {"max_tokens": 3, "prompt": ["a", "b"], "n": 2}),
     "completion of ids": (COMPLETIONS, {"max_tokens": 3, "prompt": [65, 66]}),
@@ -92,6 +102,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "response": (RESPONSES, {"max_output_tokens": 20}),
     "response not stored": (RESPONSES, {"max_output_tokens": 20, "store": False, "instructions": "Be.", "user": "u"}),
     "response with logprobs": (RESPONSES, {"max_output_tokens": 20, "include": LOGPROBS, "top_logprobs": 2}),
+    "response with a schema": (
+        RESPONSES,
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": SHAPE, "strict": True}}},
+    ),
     "response in the background": (RESPONSES, {"max_output_tokens": 20, "background": True, "metadata": {"a": "b"}}),
 }
 FUNCTIONS: list[Any] = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
