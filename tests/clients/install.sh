@@ -56,5 +56,6 @@ link cn "$modules/.bin/cn"
 link aider "$folder/aider/bin/aider"
 link sgpt "$folder/shell-gpt/bin/sgpt"
 link llm "$folder/sdks/bin/llm"
-link python "$folder/sdks/bin/python"
+# Not a link: through one, Python would not find its environment.
+printf '#!/bin/sh\nexec "%s" "$@"\n' "$folder/sdks/bin/python" >"$folder/bin/python" && chmod +x "$folder/bin/python"
 echo "installed in $folder"

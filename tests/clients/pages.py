@@ -23,6 +23,7 @@ BLOCK = re.compile(
     r"(?:^`(?P<path>[^`]+)`[^\n]*:\n\n)?^```(?P<mark>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 RUN = {"sh not-run needs-client": ["bash", "-euo", "pipefail", "-c"], "python not-run needs-client": ["python", "-c"]}
+PLAIN = {"LANG": "C.UTF-8", "TERM": "dumb"}
 GIT = "[user]\nname = Test\nemail = test@example.com\n[init]\ndefaultBranch = main\n"
 
 
@@ -52,6 +53,11 @@ class Desk:
     url: str
     context: int
 
+    @property
+    def temporary(self) -> Path:
+        """Some clients keep conversations in the folder for temporary files."""
+        return self.home / "tmp"
+
     @classmethod
     def set_up(cls, parent: Path, page: Page, url: str, context: int = CONTEXT) -> Desk:
         """Make the folders and write the page's files."""
@@ -61,6 +67,7 @@ class Desk:
             whole.parent.mkdir(parents=True, exist_ok=True)
             whole.write_text(desk.here(content), encoding="utf-8")
         desk.folder.mkdir(exist_ok=True)
+        desk.temporary.mkdir()
         return desk
 
     def here(self, text: str) -> str:
@@ -74,7 +81,7 @@ class Desk:
         with subprocess.Popen(
             [program, *argv[1:], self.here(script)],
             cwd=self.folder,
-            env={"HOME": str(self.home), "PATH": path, "LANG": "C.UTF-8", "TERM": "dumb"},
+            env={**PLAIN, "HOME": str(self.home), "TMPDIR": str(self.temporary), "PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
