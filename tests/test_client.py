@@ -13,6 +13,9 @@ from tests.server.serving import serving
 from kvern.client import Client
 from kvern.errors import BadRequestError, BusyError, KvernError, NotFoundError, UnreachableError
 from kvern.llm import LLM
+from kvern.text.conversation import Conversation
+from kvern.text.messages import Message
+from kvern.text.output_format import OutputFormat
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,23 @@ def test_a_server_answers_as_the_model_does(client: Client, llm: LLM) -> None:
         here.completion_tokens,
     )
     assert "".join(client.stream("hi", max_tokens=9, temperature=0)) == here.text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        OutputFormat.choice(["left", "right"]),
+        OutputFormat.regex("[ab]{3}"),
+        OutputFormat.grammar('start: "x" "y"'),
+        OutputFormat.json_schema({"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}),
+    ],
+    ids=lambda form: form.kind,
+)
+def test_forms_reach_the_server(client: Client, llm: LLM, form: OutputFormat) -> None:
+    asked = Conversation((Message("user", "hi"),), format=form)
+    here, there = (speaker.chat(asked, max_tokens=40, temperature=0) for speaker in (llm, client))
+    assert there.text == here.text
+    assert there.text != llm.chat("hi", max_tokens=40, temperature=0).text
 
 
 def test_refusals_keep_their_kind(client: Client) -> None:

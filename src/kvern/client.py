@@ -19,6 +19,7 @@ from kvern.errors import BadRequestError, BusyError, KvernError, NotFoundError, 
 from kvern.text.conversation import Conversation, ConversationLike, as_conversation
 from kvern.text.messages import Completion, NamedTool, Tool, ToolCall
 from kvern.text.options import SamplingOptions
+from kvern.text.output_format import OutputFormat
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 600.0
@@ -164,7 +165,20 @@ def _conversation(chat: Conversation) -> dict[str, Any]:
         body["tool_choice"] = named or choice
         if not chat.parallel_tool_calls:
             body["parallel_tool_calls"] = False
+    if chat.format is not None:
+        body.update(_format(chat.format))
     return body
+
+
+def _format(form: OutputFormat) -> dict[str, Any]:
+    """OpenAI's field for JSON, vLLM's for what OpenAI's chat has none for."""
+    if form.kind == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    if form.kind == "json_schema":
+        schema = {"name": "answer", "schema": dict(form.definition), "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    definition = list(form.definition) if form.kind == "choice" else form.definition
+    return {"structured_outputs": {form.kind: definition}}
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
