@@ -162,7 +162,9 @@ void multiply_tiles(const Product& task, int64_t first, int64_t last) {
   auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   const kvern::TileRows rows(static_cast<int>(task.x.group));
   Amx<K> amx(task, aligned);
-  for (; first + 4 <= last; first += 4) amx.template panels<4>(first);
+  // Few columns wait for memory, which is fastest as a single stream; many for the loads of their tiles.
+  const bool is_wide = task.x.count > task.x.group;
+  for (; is_wide && first + 4 <= last; first += 4) amx.template panels<4>(first);
   for (; first + 2 <= last; first += 2) amx.template panels<2>(first);
   if (first < last) amx.template panels<1>(first);
 }

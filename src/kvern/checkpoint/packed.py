@@ -3,7 +3,8 @@
     8 bytes magic | tensors, each at a multiple of 64 | index (JSON) | offset, length, hash of the index, 8 bytes each
 
 The index holds a hash of every 64 MiB of what comes before it; all are checked before anything is computed, which also
-brings the file into memory, in order, and takes no longer than that.
+brings the file into memory, in order, and takes no longer than that. With room for it the file is read into large
+pages, with which a step reads weights 1.6 times as fast on some machines (docs/LOG.md); else it is mapped.
 
 The file belongs to one arrangement of tiles (the CPU's, see `ops.packed.order`), one version of the format and one
 state of the checkpoint (names, sizes and times of its files): where any of these differs, or the hashes do, it is
@@ -23,7 +24,8 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +39,8 @@ from kvern.errors import CheckpointError
 from kvern.model import Transformer
 from kvern.model.packed import PackedNow, PackedTransformer, PackedWeights
 from kvern.ops import packed
+from kvern.ops.library import threads
+from kvern.plan.hardware import machine
 
 MAGIC = b"KVPACK01"
 VERSION = 3
@@ -201,7 +205,7 @@ def _open(path: Path, source: str) -> PackedWeights | None:
             size = stream.seek(0, os.SEEK_END)
             if size < len(MAGIC) + FOOTER.size:
                 return None
-            data = _map(stream.fileno(), size)
+            data = _in_large_pages(stream.fileno(), size) if _has_room(size) else _map(stream.fileno(), size)
     except OSError:
         return None
     start, length, index_hash = FOOTER.unpack(bytes(data[-FOOTER.size :].numpy()))
@@ -224,6 +228,31 @@ def _map(descriptor: int, size: int, start: int = 0) -> Tensor:
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     mapping = mmap.mmap(descriptor, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
     return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _has_room(size: int) -> bool:
+    """Whether a copy leaves as much memory again: mapped pages could be given back, and shared with other processes."""
+    return hasattr(mmap, "MADV_HUGEPAGE") and machine().memory_available > 2 * size
+
+
+def _in_large_pages(descriptor: int, size: int) -> Tensor:
+    """So many bytes of a file, read by several threads into pages of 2 MiB, where the system has such."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)
+
+    def read(start: int) -> None:
+        at, end = start, min(start + SECTION, size)
+        while at < end:
+            count = os.preadv(descriptor, [view[at:end]], at)
+            if count == 0:
+                raise OSError("the file became shorter")
+            at += count
+
+    with ThreadPoolExecutor(threads()) as pool:
+        list(pool.map(read, range(0, size, SECTION)))
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _hash(data: bytes) -> int:
