@@ -22,7 +22,9 @@ def run(
 ) -> list[Piece]:
     """Push the text token by token, scored; the last token ends the answer."""
     ids = tokenizer.encode(text, allow_special=True)
-    params = SamplingParams(max_tokens=99, min_tokens=min_tokens, logprobs=0)
+    params = SamplingParams(
+        max_tokens=99, min_tokens=min_tokens, logprobs=0, stop_token_ids=tuple(ids[-1:] if end else ())
+    )
     stream = TextStream(tokenizer, Prepared((1,), params, stop))
     pieces = []
     for index, token in enumerate(ids):

@@ -165,8 +165,11 @@ class _Calls:
         return f"{self.rules.literal(self.format.opening[0])} {self.forced(None)}"
 
     def _from(self, first: str) -> str:
-        more = f"({self.rules.literal(self.format.again)} {self._named()})*" if self.several else ""
-        return f"{first} {more} {self.rules.literal(self.format.section[1])}"
+        """With white space at the end where more could come: a model that begins a line may still stop."""
+        end = self.rules.literal(self.format.section[1])
+        if not self.several:
+            return f"{first} {end}"
+        return f"{first} ({self.rules.literal(self.format.again)} {self._named()})* {end} {self.rules.gap()}"
 
     def _named(self) -> str:
         """A call from its tool's name on."""
