@@ -343,17 +343,23 @@ def test_a_folder_in_use_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureF
     first.close()
 
 
+def held_reads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on reads from the disk wait until the event is set."""
+    gate, read = threading.Event(), DiskCache.read
+
+    def held(*args: Any) -> Any:
+        assert gate.wait(30)
+        return read(*args)
+
+    monkeypatch.setattr(DiskCache, "read", held)
+    return gate
+
+
 def test_a_disk_that_does_not_answer_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lived(tmp_path)
-    gate, read = threading.Event(), DiskCache.read
-
-    def stuck(*args: Any) -> Any:
-        assert gate.wait(30)
-        return read(*args)
-
-    monkeypatch.setattr(DiskCache, "read", stuck)
+    gate = held_reads(monkeypatch)
     monkeypatch.setattr(spill, "PATIENCE_SECONDS", 0.1)
     engine = start(tmp_path)
     with caplog.at_level(logging.WARNING):
@@ -366,13 +372,7 @@ def test_a_disk_that_does_not_answer_holds_nobody_up(
 
 def test_a_fault_while_a_prefix_is_read_leaves_sound_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lived(tmp_path)
-    gate, read = threading.Event(), DiskCache.read
-
-    def held(*args: Any) -> Any:
-        assert gate.wait(30)
-        return read(*args)
-
-    monkeypatch.setattr(DiskCache, "read", held)
+    gate = held_reads(monkeypatch)
     engine = start(tmp_path)
     engine.add(BASES[0][:30], GREEDY)
     assert engine.step() == []
@@ -386,13 +386,7 @@ def test_a_fault_while_a_prefix_is_read_leaves_sound_books(tmp_path: Path, monke
 
 def test_others_run_while_a_prefix_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lived(tmp_path)
-    gate, read = threading.Event(), DiskCache.read
-
-    def held(*args: Any) -> Any:
-        assert gate.wait(30)
-        return read(*args)
-
-    monkeypatch.setattr(DiskCache, "read", held)
+    gate = held_reads(monkeypatch)
     engine = start(tmp_path, cache_tokens=400)
     first, second = engine.add(BASES[0][:30], GREEDY), engine.add(BASES[1][:5], GREEDY)
     told = [update for _ in range(12) for update in engine.step()]

@@ -35,6 +35,10 @@ class Expanded:
         return self.q, self.kv, self.rope, self.scale
 
 
+SIZES = [(16, 8, 24), (32, 32, 64)]
+"""Of nope, rope and value; the second are whole tiles, for which AMX has kernels of its own."""
+
+
 def make(
     tokens: int,
     context: int,
@@ -128,8 +132,11 @@ def test_any_shape(
 
 @has_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_query_does_not_depend_on_the_others_or_the_threads(dtype: torch.dtype) -> None:
-    case = make(150, 333, 3, dtype=dtype)
+@pytest.mark.parametrize(("nope", "rope", "value"), SIZES)
+def test_a_query_does_not_depend_on_the_others_or_the_threads(
+    nope: int, rope: int, value: int, dtype: torch.dtype
+) -> None:
+    case = make(150, 333, 3, nope=nope, rope=rope, value=value, dtype=dtype)
     before = library.threads()
     results = []
     for threads in (1, 2):
@@ -147,9 +154,12 @@ def test_a_query_does_not_depend_on_the_others_or_the_threads(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("row", [30, 31])
-def test_a_bad_row_spoils_those_who_see_it_and_nobody_else(dtype: torch.dtype, bad: float, row: int) -> None:
-    case = make(40, 40, 2, dtype=dtype)
-    case.kv[row, 1, 16 + 3] = bad  # a value of head 1
+@pytest.mark.parametrize(("nope", "rope", "value"), SIZES)
+def test_a_bad_row_spoils_those_who_see_it_and_nobody_else(
+    nope: int, rope: int, value: int, dtype: torch.dtype, bad: float, row: int
+) -> None:
+    case = make(40, 40, 2, nope=nope, rope=rope, value=value, dtype=dtype)
+    case.kv[row, 1, nope + 3] = bad  # a value of head 1
     finite = native_attention.expanded_attention(*case.arguments()).isfinite()
     assert finite[:, 0].all()
     assert finite[:row, 1].all()

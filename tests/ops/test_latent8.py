@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.test_paged_attention import BF16_HALF_ULP, TOLERANCE, Paged, exact, has_kernels, make
+from tests.ops.test_paged_attention import BF16_HALF_ULP, TOLERANCE, Paged, alone, batches, exact, has_kernels, make
 from torch import Tensor
 
 from kvern import ops
@@ -166,19 +166,10 @@ def test_attention_over_records(rank: int, rope: int, dtype: torch.dtype) -> Non
         check(make([33, 130, 2], [3, 1, 2], heads=heads, rank=rank, rope=rope, block_size=16, dtype=dtype))
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    data=st.data(),
-    heads=st.integers(1, 40),
-    rank=st.integers(1, 150),
-    rope=st.integers(0, 20),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_any_batch_over_records(data: st.DataObject, heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
-    contexts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
-    queries = [data.draw(st.integers(0, min(context, 9))) for context in contexts]
-    block_size = data.draw(st.sampled_from([1, 3, 16]))
-    check(make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=block_size, dtype=dtype, seed=heads))
+@settings(max_examples=30, deadline=None)
+@given(batches(150))
+def test_any_batch_over_records(case: Paged) -> None:
+    check(case)
 
 
 @has_kernels
@@ -187,14 +178,8 @@ def test_a_query_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     case, _ = in_records(make([772, 33], [9, 1], heads=14, rank=130, rope=8, block_size=16, dtype=dtype))
     together = native_attention.paged_latent_attention(*case.arguments())
     for query, (sequence, context) in enumerate([(0, context) for context in range(764, 773)] + [(1, 33)]):
-        alone = replace(
-            case,
-            q=case.q[query : query + 1],
-            tables=case.tables[sequence : sequence + 1],
-            contexts=torch.tensor([context], dtype=torch.int32),
-            starts=torch.tensor([0, 1], dtype=torch.int32),
-        )
-        assert torch.equal(native_attention.paged_latent_attention(*alone.arguments())[0], together[query])
+        one = alone(case, query, sequence, context)
+        assert torch.equal(native_attention.paged_latent_attention(*one.arguments())[0], together[query])
 
 
 @has_kernels

@@ -85,6 +85,21 @@ def make(
     )
 
 
+TILES = (64, 32)
+"""A rank and a size of the rotated part that are whole tiles, for which AMX has kernels of its own."""
+
+
+def alone(case: Paged, query: int, sequence: int, context: int) -> Paged:
+    """One query of a sequence that sees `context` rows, as if there were no other."""
+    return replace(
+        case,
+        q=case.q[query : query + 1],
+        tables=case.tables[sequence : sequence + 1],
+        contexts=torch.tensor([context], dtype=torch.int32),
+        starts=torch.tensor([0, 1], dtype=torch.int32),
+    )
+
+
 def exact(case: Paged) -> tuple[Tensor, Tensor]:
     """(softmax(q k * scale) v, the same with |v|) row by row in double precision."""
     out = torch.zeros(*case.q.shape[:2], case.rank, dtype=torch.double)
@@ -184,20 +199,24 @@ def test_kernel_over_a_long_context(threads: int) -> None:
     library.set_threads(before)
 
 
+@st.composite
+def batches(draw: st.DrawFn, most_rank: int) -> Paged:
+    """Sequences with some queries each, of any sizes: one time in three of such that make whole tiles."""
+    heads = draw(st.integers(1, 40))
+    odd = st.tuples(st.integers(1, most_rank), st.integers(0, 20))
+    rank, rope = draw(st.one_of(odd, odd, st.sampled_from([(32, 0), (32, 32), (64, 32)])))
+    contexts = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
+    queries = [draw(st.integers(0, min(context, 9))) for context in contexts]
+    block_size = draw(st.sampled_from([1, 3, 16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=block_size, dtype=dtype, seed=heads)
+
+
 @has_kernels
-@settings(max_examples=30, deadline=None)
-@given(
-    data=st.data(),
-    heads=st.integers(1, 40),
-    rank=st.integers(1, 80),
-    rope=st.integers(0, 20),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_any_batch(data: st.DataObject, heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
-    contexts = data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
-    queries = [data.draw(st.integers(0, min(context, 9))) for context in contexts]
-    block_size = data.draw(st.sampled_from([1, 3, 16]))
-    check(make(contexts, queries, heads=heads, rank=rank, rope=rope, block_size=block_size, dtype=dtype, seed=heads))
+@settings(max_examples=45, deadline=None)
+@given(batches(80))
+def test_any_batch(case: Paged) -> None:
+    check(case)
 
 
 @has_kernels
@@ -215,9 +234,10 @@ def test_large_scores_do_not_overflow_and_late_maxima_take_over() -> None:
 
 @has_kernels
 @BOTH
-def test_a_query_does_not_depend_on_its_batch_or_the_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rank", "rope"), [(24, 8), TILES])
+def test_a_query_does_not_depend_on_its_batch_or_the_threads(rank: int, rope: int, dtype: torch.dtype) -> None:
     queries = [9, 1, 4]  # some share lanes; the part of the context ends at 768 and 8192
-    case = make([772, 33, 8194], queries, heads=14, rank=24, rope=8, block_size=16, dtype=dtype)
+    case = make([772, 33, 8194], queries, heads=14, rank=rank, rope=rope, block_size=16, dtype=dtype)
     before = library.threads()
     results = []
     for threads in (1, 2):
@@ -227,22 +247,19 @@ def test_a_query_does_not_depend_on_its_batch_or_the_threads(dtype: torch.dtype)
     assert torch.equal(*results)
     sees = [(0, context) for context in range(764, 773)] + [(1, 33)] + [(2, context) for context in range(8191, 8195)]
     for query, (sequence, context) in enumerate(sees):
-        alone = replace(
-            case,
-            q=case.q[query : query + 1],
-            tables=case.tables[sequence : sequence + 1],
-            contexts=torch.tensor([context], dtype=torch.int32),
-            starts=torch.tensor([0, 1], dtype=torch.int32),
-        )
-        assert torch.equal(native_attention.paged_latent_attention(*alone.arguments())[0], results[0][query])
+        one = alone(case, query, sequence, context)
+        assert torch.equal(native_attention.paged_latent_attention(*one.arguments())[0], results[0][query])
 
 
 @has_kernels
 @BOTH
-@pytest.mark.parametrize("column", [0, 10])
+@pytest.mark.parametrize("column", [0, -2])
 @pytest.mark.parametrize("row", [37, 38, 39])
-def test_a_nan_spoils_those_who_see_it_and_nobody_else(row: int, column: int, dtype: torch.dtype) -> None:
-    case = make([40, 40], [4, 1], heads=14, dtype=dtype)
+@pytest.mark.parametrize(("rank", "rope"), [(8, 4), TILES])
+def test_a_nan_spoils_those_who_see_it_and_nobody_else(
+    row: int, column: int, rank: int, rope: int, dtype: torch.dtype
+) -> None:
+    case = make([40, 40], [4, 1], heads=14, rank=rank, rope=rope, dtype=dtype)
     case.rows[reference.paged_rows(case.tables[0], 40, case.block_size)[row], column] = float("nan")
     is_nan = native_attention.paged_latent_attention(*case.arguments()).isnan()
     first = row - 36  # the query whose last row it is
