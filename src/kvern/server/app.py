@@ -24,8 +24,9 @@ from kvern.server.generate import BUFFER, EngineHost
 from kvern.server.inside import with_owners
 from kvern.server.metrics import Metrics
 from kvern.server.request_id import RequestId
-from kvern.server.routes import Salt, one_tenant, router
+from kvern.server.routes import one_tenant, router
 from kvern.server.running_responses import Responses
+from kvern.server.state import Salt
 from kvern.settings import ServeSettings
 from kvern.store import Store
 from kvern.store.database import default_path

@@ -10,13 +10,11 @@ from fastapi import APIRouter, Request
 
 from kvern.errors import BadRequestError, NotFoundError
 from kvern.server.batching import Batching
-from kvern.server.files import owner_of
-from kvern.server.generate import EngineHost
 from kvern.server.http import read_body
 from kvern.server.paging import parameters, read_page
 from kvern.server.routes import json_body
-from kvern.settings import ServeSettings
-from kvern.store import Store, batches, files
+from kvern.server.state import host_of, owner_of, settings_of, store_of
+from kvern.store import batches, files
 from kvern.store.batches import Batch, Status
 from kvern.wire import batches as wire
 from kvern.wire.answers import ErrorBody
@@ -29,8 +27,8 @@ router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": Erro
 @router.post("/v1/batches", openapi_extra=json_body("BatchRequest"))
 async def create(request: Request) -> wire.BatchObject:
     """Have all requests of an uploaded file answered, beside what else is asked."""
-    settings: ServeSettings = request.app.state.settings
-    host: EngineHost = request.app.state.host
+    settings = settings_of(request)
+    host = host_of(request)
     body = wire.parse_batch_request(await read_body(request, settings.max_body_bytes))
     batch = await asyncio.to_thread(_note, request, body, host.open().name)
     _batching(request).wake()
@@ -43,7 +41,7 @@ async def list_batches(request: Request) -> wire.BatchList:
     page, owner = read_page(request, DEFAULT_LIMIT, wire.MAX_BATCHES), owner_of(request)
 
     def read() -> list[Batch]:
-        with _store(request).read() as connection:
+        with store_of(request).read() as connection:
             if page.after is not None:
                 _found(batches.get(connection, page.after, owner), page.after, "after")
             return batches.page(connection, owner, after=page.after, limit=page.limit + 1)
@@ -59,7 +57,7 @@ async def retrieve(request: Request, batch_id: str) -> wire.BatchObject:
     """How far a batch is."""
 
     def read() -> Batch:
-        with _store(request).read() as connection:
+        with store_of(request).read() as connection:
             return _found(batches.get(connection, batch_id, owner_of(request)), batch_id)
 
     return batch_object(await asyncio.to_thread(read))
@@ -70,7 +68,7 @@ async def cancel(request: Request, batch_id: str) -> wire.BatchObject:
     """Stop a batch: what has an answer keeps it, the rest goes into the error file."""
 
     def change() -> Batch:
-        with _store(request).write() as connection:
+        with store_of(request).write() as connection:
             before = _found(batches.get(connection, batch_id, owner_of(request)), batch_id)
             open_still: tuple[Status, ...] = ("validating", "in_progress")
             if before.status in open_still:
@@ -122,7 +120,7 @@ def _note(request: Request, body: wire.BatchRequest, model: str) -> Batch:
         tags=body.metadata,
         output_expires=None if lives is None else lives.seconds,
     )
-    with _store(request).write() as connection:
+    with store_of(request).write() as connection:
         file = files.get(connection, owner, body.input_file_id, now)
         if file is None:
             raise NotFoundError(f"there is no file {body.input_file_id!r}", param="input_file_id")
@@ -142,8 +140,3 @@ def _found(batch: Batch | None, batch_id: str, param: str = "batch_id") -> Batch
 def _batching(request: Request) -> Batching:
     batching: Batching = request.app.state.batching
     return batching
-
-
-def _store(request: Request) -> Store:
-    store: Store = request.app.state.store
-    return store

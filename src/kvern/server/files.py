@@ -12,9 +12,8 @@ from fastapi.responses import StreamingResponse
 
 from kvern.errors import BadRequestError, NotFoundError
 from kvern.server.paging import choice, parameters, read_page
-from kvern.server.routes import Salt
+from kvern.server.state import owner_of, settings_of, store_of
 from kvern.server.uploads import Form, read_form
-from kvern.settings import ServeSettings
 from kvern.store import Store, batch_rows, batches, files
 from kvern.store.files import CHUNK_BYTES, File
 from kvern.wire import files as wire
@@ -51,22 +50,16 @@ class FileInUseError(BadRequestError):
     code = "file_in_use"
 
 
-def owner_of(request: Request) -> str:
-    """Whose files and batches a request may see: the tenant's, told by its salt."""
-    salt: Salt = request.app.state.salt
-    return salt(request).hex()
-
-
 @router.post(
     "/v1/files",
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD}}}},
 )
 async def upload(request: Request) -> wire.FileObject:
     """Store a file: the input of a batch, or anything of the user's."""
-    settings: ServeSettings = request.app.state.settings
+    settings = settings_of(request)
     form = await read_form(request, settings.max_file_bytes + FORM_BYTES)
     try:
-        return file_object(await asyncio.to_thread(_keep, request.app.state.store, owner_of(request), form))
+        return file_object(await asyncio.to_thread(_keep, store_of(request), owner_of(request), form))
     finally:
         await form.file.close()
 
@@ -80,7 +73,7 @@ async def list_files(request: Request) -> wire.FileList:
     owner = owner_of(request)
 
     def read() -> list[File]:
-        with _store(request).read() as connection:
+        with store_of(request).read() as connection:
             if page.after is not None:
                 _found(files.get(connection, owner, page.after, _now()), page.after, "after")
             return files.page(
@@ -103,7 +96,7 @@ async def retrieve(request: Request, file_id: str) -> wire.FileObject:
 async def content(request: Request, file_id: str) -> Response:
     """A file's bytes. Of a batch that runs: the rows that have ended so far, in the order of the input."""
     file = await asyncio.to_thread(_get, request, file_id)
-    return StreamingResponse(_parts(_store(request), file), media_type="application/octet-stream")
+    return StreamingResponse(_parts(store_of(request), file), media_type="application/octet-stream")
 
 
 @router.delete("/v1/files/{file_id}")
@@ -111,7 +104,7 @@ async def delete(request: Request, file_id: str) -> wire.FileDeleted:
     """Forget a file for good."""
 
     def remove() -> None:
-        with _store(request).write() as connection:
+        with store_of(request).write() as connection:
             file = _found(files.get(connection, owner_of(request), file_id, _now()), file_id)
             if batches.reading(connection, file_id):
                 raise FileInUseError(f"a batch still needs {file_id}", hint="cancel it, or wait for its end")
@@ -177,7 +170,7 @@ def _part(store: Store, file: File, place: int) -> tuple[bytes | None, int]:
 
 
 def _get(request: Request, file_id: str) -> File:
-    with _store(request).read() as connection:
+    with store_of(request).read() as connection:
         return _found(files.get(connection, owner_of(request), file_id, _now()), file_id)
 
 
@@ -185,11 +178,6 @@ def _found(file: File | None, file_id: str, param: str = "file_id") -> File:
     if file is None:
         raise NotFoundError(f"there is no file {file_id!r}", param=param)
     return file
-
-
-def _store(request: Request) -> Store:
-    store: Store = request.app.state.store
-    return store
 
 
 def _now() -> int:

@@ -15,10 +15,9 @@ from fastapi import APIRouter, Request, Response
 from kvern.errors import BadRequestError
 from kvern.llm import LLM, Prepared
 from kvern.server.answering import Pieces, events, whole
-from kvern.server.generate import EngineHost
 from kvern.server.http import EventStream, read_body
 from kvern.server.routes import EVENTS, check_model, finish, json_body, submit
-from kvern.settings import ServeSettings
+from kvern.server.state import host_of, settings_of
 from kvern.text.conversation import Conversation
 from kvern.wire import anthropic_answers as answers
 from kvern.wire.anthropic import CountTokensRequest, MessagesRequest, parse_count_request, parse_messages_request
@@ -42,7 +41,7 @@ router = APIRouter(responses=REFUSED)
 )
 async def messages(request: Request) -> Response:
     """Answer a conversation in Anthropic's dialect; with `stream: true` as server-sent events."""
-    settings, host = _settings(request), _host(request)
+    settings, host = settings_of(request), host_of(request)
     body = parse_messages_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
     check_model(request, body.model, llm)
@@ -77,8 +76,8 @@ async def messages(request: Request) -> Response:
 )
 async def count_tokens(request: Request) -> answers.TokenCount:
     """The tokens of a conversation, whether it fits or not."""
-    body = parse_count_request(await read_body(request, _settings(request).max_body_bytes))
-    llm = _host(request).open()
+    body = parse_count_request(await read_body(request, settings_of(request).max_body_bytes))
+    llm = host_of(request).open()
     check_model(request, body.model, llm)
     return answers.TokenCount(input_tokens=await asyncio.to_thread(_count, llm, body))
 
@@ -118,13 +117,3 @@ def wished(llm: LLM, body: CountTokensRequest) -> Conversation:
 def _count(llm: LLM, body: CountTokensRequest) -> int:
     ids, _ = llm.encode_chat(wished(llm, body))
     return len(ids)
-
-
-def _host(request: Request) -> EngineHost:
-    host: EngineHost = request.app.state.host
-    return host
-
-
-def _settings(request: Request) -> ServeSettings:
-    settings: ServeSettings = request.app.state.settings
-    return settings

@@ -18,13 +18,11 @@ from fastapi import APIRouter, Request, Response
 from kvern.errors import BadRequestError, ContextLengthError
 from kvern.llm import LLM, Prepared
 from kvern.server.answering import Pieces
-from kvern.server.files import owner_of
-from kvern.server.generate import EngineHost
 from kvern.server.http import CLIENT_CLOSED_REQUEST, EventStream, read_body, until_disconnected
 from kvern.server.paging import choice, parameters, read_page
-from kvern.server.routes import EVENTS, Salt, check_model, json_body
+from kvern.server.routes import EVENTS, check_model, json_body
 from kvern.server.running_responses import Responses, Run
-from kvern.settings import ServeSettings
+from kvern.server.state import host_of, owner_of, salt_of, settings_of
 from kvern.wire import answers as wire
 from kvern.wire import responses_answer as answer_wire
 from kvern.wire.responses import SEALED_REASONING, ResponsesRequest, parse_responses_request
@@ -48,8 +46,8 @@ router = APIRouter(responses={"4XX": {"model": wire.ErrorBody}, "5XX": {"model":
 )
 async def create(request: Request) -> Response:
     """Answer a text or items; with `stream: true` as server-sent events, with `background: true` later."""
-    settings: ServeSettings = request.app.state.settings
-    host: EngineHost = request.app.state.host
+    settings = settings_of(request)
+    host = host_of(request)
     body, given = parse_responses_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
     check_model(request, body.model, llm)
@@ -65,7 +63,7 @@ async def create(request: Request) -> Response:
             return EventStream(_refused(_builder(body, response_id, None), error), lambda: None)
         raise
     builder = _builder(body, response_id, prepared)
-    answer = host.submit([prepared], priority=body.priority, salt=_salt(request))
+    answer = host.submit([prepared], priority=body.priority, salt=salt_of(request))
     pieces = Pieces(llm, answer, [prepared], 1, settings.stream_keep_alive)
     run = Run(builder, pieces, answer, responses.keep(owner, items) if body.store else None)
     if body.background:
@@ -100,7 +98,7 @@ async def get(request: Request, response_id: str) -> Response:
     if run is None:
         hint = "those made with background and stream can, while they run and for a while after"
         raise BadRequestError("the events of this response cannot be read again", hint=hint, param="stream")
-    settings: ServeSettings = request.app.state.settings
+    settings = settings_of(request)
     return EventStream(run.follow(after, settings.stream_keep_alive), lambda: None)
 
 
@@ -216,11 +214,6 @@ def _new_id() -> str:
 def _responses(request: Request) -> Responses:
     responses: Responses = request.app.state.responses
     return responses
-
-
-def _salt(request: Request) -> bytes:
-    salt: Salt = request.app.state.salt
-    return salt(request)
 
 
 def _starting_after(request: Request) -> int:

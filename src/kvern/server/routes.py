@@ -7,10 +7,10 @@ then on the handler waits for the answer and for the client's disconnect at once
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from importlib import resources
-from typing import Any, TypeAlias
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
@@ -20,11 +20,11 @@ from kvern.errors import BadRequestError, KvernError, NotFoundError, Unavailable
 from kvern.llm import LLM, Prepared
 from kvern.server.aliases import Aliases
 from kvern.server.answering import Pieces, chat_body, completion_body, events, head, spread, whole
-from kvern.server.generate import RETRY_SECONDS, Answer, EngineHost
+from kvern.server.generate import RETRY_SECONDS, Answer
 from kvern.server.http import EventStream, patiently, read_body
 from kvern.server.inside import OWNER
 from kvern.server.refusals import refusal, speaks_anthropic
-from kvern.settings import ServeSettings
+from kvern.server.state import host_of, salt_of, settings_of
 from kvern.text.conversation import Conversation
 from kvern.wire import answers as wire
 from kvern.wire.anthropic_answers import AnthropicModel, AnthropicModelList
@@ -32,9 +32,6 @@ from kvern.wire.chat import ChatCompletion, ChatCompletionRequest, parse_chat_re
 from kvern.wire.completions import Completion, CompletionRequest, parse_completion_request
 from kvern.wire.deepseek import THINKS, DeepSeekStream
 from kvern.wire.stream import ChatStream, CompletionStream
-
-Salt: TypeAlias = Callable[[Request], bytes]
-"""Whose prefixes a request may share: it is asked on the server's side, and no client can set it."""
 
 DOCS_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 EVENTS: dict[int | str, dict[str, Any]] = {
@@ -57,7 +54,7 @@ def json_body(schema: str) -> dict[str, Any]:
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
     """200 as long as the engine computes, also while the model loads; 503 after a fault, until it runs again."""
-    if not _host(request).healthy:
+    if not host_of(request).healthy:
         raise UnavailableError("the engine failed and is starting again", retry_after=RETRY_SECONDS)
     return {"status": "ok"}
 
@@ -65,7 +62,7 @@ async def health(request: Request) -> dict[str, str]:
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, str]:
     """200 while new requests are served: the model is loaded, and the server is not stopping."""
-    return {"status": "ready", "model": _host(request).open().name}
+    return {"status": "ready", "model": host_of(request).open().name}
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -91,7 +88,7 @@ async def models(request: Request) -> wire.ModelList | AnthropicModelList:
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> wire.Model | AnthropicModel:
     """One model by its id."""
-    check_model(request, name, _host(request).llm)
+    check_model(request, name, host_of(request).llm)
     return _model(request)
 
 
@@ -103,7 +100,7 @@ async def model(request: Request, name: str) -> wire.Model | AnthropicModel:
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
-    settings, host = _settings(request), _host(request)
+    settings, host = settings_of(request), host_of(request)
     body = parse_chat_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
     check_model(request, body.model, llm)
@@ -128,7 +125,7 @@ async def chat_completions(request: Request) -> Response:
 )
 async def completions(request: Request) -> Response:
     """Continue prompts, or fill the gap before `suffix`; with `stream: true` as server-sent events."""
-    settings, host = _settings(request), _host(request)
+    settings, host = settings_of(request), host_of(request)
     body = parse_completion_request(await read_body(request, settings.max_body_bytes))
     llm = host.open()
     check_model(request, body.model, llm)
@@ -192,13 +189,12 @@ def _echoed(llm: LLM, body: CompletionRequest, prompt: str | list[int]) -> str:
 
 def submit(request: Request, requests: Sequence[Prepared], priority: int) -> Answer:
     """Queue the requests behind one HTTP request, or refuse them all."""
-    most = _settings(request).max_waiting
+    most = settings_of(request).max_waiting
     if len(requests) > most:
         raise BadRequestError(
             f"the request has {len(requests)} choices and the queue holds {most}", param="n", hint="ask for fewer"
         )
-    salt: Salt = request.app.state.salt
-    return _host(request).submit(requests, priority=priority, salt=salt(request))
+    return host_of(request).submit(requests, priority=priority, salt=salt_of(request))
 
 
 async def finish(request: Request, answer: Answer, work: Coroutine[Any, Any, Response]) -> Response:
@@ -212,7 +208,7 @@ async def finish(request: Request, answer: Answer, work: Coroutine[Any, Any, Res
 
 def patience(request: Request) -> float | None:
     """Seconds after which a whole answer begins with empty lines; a row of a batch waits for its true status."""
-    return None if OWNER in request.scope else _settings(request).stream_keep_alive
+    return None if OWNER in request.scope else settings_of(request).stream_keep_alive
 
 
 def _json(body: ChatCompletion | Completion) -> Response:
@@ -227,7 +223,7 @@ def check_model(request: Request, name: str, llm: LLM) -> None:
 
 
 def _model(request: Request) -> wire.Model | AnthropicModel:
-    llm = _host(request).llm
+    llm = host_of(request).llm
     if speaks_anthropic(request):
         return AnthropicModel.of(llm.name, request.app.state.started, llm.max_context)
     return wire.Model(
@@ -239,16 +235,6 @@ def _model(request: Request) -> wire.Model | AnthropicModel:
             chat=llm.template is not None,
             fill_in_the_middle=llm.fim is not None,
             tools=llm.template is not None,
-            prefix_caching=_settings(request).prefix_caching,
+            prefix_caching=settings_of(request).prefix_caching,
         ),
     )
-
-
-def _host(request: Request) -> EngineHost:
-    host: EngineHost = request.app.state.host
-    return host
-
-
-def _settings(request: Request) -> ServeSettings:
-    settings: ServeSettings = request.app.state.settings
-    return settings

@@ -8,10 +8,9 @@ from fastapi import APIRouter, Request
 
 from kvern.errors import BadRequestError
 from kvern.llm import LLM
-from kvern.server.generate import EngineHost
 from kvern.server.http import read_body
 from kvern.server.routes import check_model, json_body
-from kvern.settings import ServeSettings
+from kvern.server.state import host_of, settings_of
 from kvern.text.conversation import Conversation
 from kvern.wire import answers as wire
 from kvern.wire.tokens import (
@@ -60,7 +59,7 @@ def _text(llm: LLM, ids: list[int]) -> str:
 
 
 def _model(request: Request, name: str | None) -> LLM:
-    host: EngineHost = request.app.state.host
+    host = host_of(request)
     llm = host.open()
     if name is not None:
         check_model(request, name, llm)
@@ -68,5 +67,5 @@ def _model(request: Request, name: str | None) -> LLM:
 
 
 def _limit(request: Request) -> int:
-    settings: ServeSettings = request.app.state.settings
+    settings = settings_of(request)
     return settings.max_body_bytes
