@@ -24,8 +24,8 @@ def llm(tiny_folder: Path) -> LLM:
 
 
 @pytest.fixture(scope="module")
-def client(llm: LLM) -> Iterator[Client]:
-    with serving(lambda: llm) as server, Client(server.url) as client:
+def client(tiny_folder: Path) -> Iterator[Client]:
+    with serving(lambda: LLM(tiny_folder, threads=1)) as server, Client(server.url) as client:
         yield client
 
 

@@ -123,7 +123,10 @@ class LLM(TextSide):
 
 
 class _Driver:
-    """Steps the engine for whoever waits, and keeps for each request the updates that nobody has read yet."""
+    """Steps the engine for whoever waits, and keeps for each request the updates that nobody has read yet.
+
+    Nobody else may step that engine: an update goes to whoever made the step.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -141,11 +144,13 @@ class _Driver:
                 return request_id
 
     def updates(self, request_id: int) -> Iterator[Update]:
-        """The request's updates up to its end."""
+        """The request's updates up to its end. Raises RuntimeError where another thread stepped the engine past it."""
         unread = self._unread[request_id]
         while True:
             while unread:
                 yield unread.popleft()
+            if not self._engine.has_work():
+                raise RuntimeError("the end of an answer went to another thread: an LLM that a server runs is its own")
             self._step()
 
     def drop(self, request_id: int) -> None:
