@@ -7,6 +7,9 @@ and dtypes of a checkpoint. `checkpoint.load` then puts mapped tensors into it. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +20,8 @@ from kvern.model.layer import DecoderLayer
 from kvern.model.linear import DTYPES, FP8, Linear, RMSNorm, embedding
 from kvern.model.mtp import MTPLayer
 from kvern.model.rope import inverse_frequencies, rotations
+
+Result = TypeVar("Result")
 
 
 class Decoder(nn.Module):
@@ -78,6 +83,10 @@ class Transformer(nn.Module):
             self._store_int4(config.quantization_config)
         elif config.quantization_config and config.quantization_config.modules_to_not_convert:
             self._keep_unconverted(config.quantization_config)
+
+    def within(self, compute: Callable[[], Result]) -> Result:
+        """`compute()`, as one forward pass of this model: what shards weights gathers them for as long as it lasts."""
+        return compute()
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [L, vocab_size] float32 of the tokens `batch.logits_at`, of all when that is None."""

@@ -95,15 +95,19 @@ def training_loss(
         raise ConfigError("training computes attention in the expanded form only")
     if log:
         log.take()  # heard from the backward pass of the last batch
-    states_TE = model.model.states(rows.batch, model.activation_dtype)
-    hidden_TE = model.model.norm(states_TE)
-    main = token_loss(model, hidden_TE, targets_T) / count
-    routings, balance = _hear(log, rows, options)
-    mtp = torch.zeros_like(main)
-    for loss, heard, part in _mtp_losses(model, rows, hidden_TE if options.norm_first else states_TE, log, options):
-        mtp, balance, routings = mtp + loss / count, balance + part, routings | heard
-    total = main + options.mtp.at(tokens_seen) * mtp + balance
-    return Losses(total, main.detach(), mtp.detach(), balance.detach(), own, routings)
+
+    def losses() -> Losses:
+        states_TE = model.model.states(rows.batch, model.activation_dtype)
+        hidden_TE = model.model.norm(states_TE)
+        main = token_loss(model, hidden_TE, targets_T) / count
+        routings, balance = _hear(log, rows, options)
+        mtp = torch.zeros_like(main)
+        for loss, heard, part in _mtp_losses(model, rows, hidden_TE if options.norm_first else states_TE, log, options):
+            mtp, balance, routings = mtp + loss / count, balance + part, routings | heard
+        total = main + options.mtp.at(tokens_seen) * mtp + balance
+        return Losses(total, main.detach(), mtp.detach(), balance.detach(), own, routings)
+
+    return model.within(losses)
 
 
 def token_loss(model: Transformer, hidden_TE: Tensor, targets_T: Tensor) -> Tensor:
