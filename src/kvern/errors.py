@@ -52,6 +52,22 @@ class CheckpointError(KvernError):
         self.tensor = tensor
 
 
+class DataError(KvernError):
+    """Training data that cannot be used as it is: the message names the file and, where there is one, the line."""
+
+    status = 400
+    code = "invalid_data"
+    exit_code = 2
+
+    def __init__(
+        self, message: str, *, file: Path | str | None = None, line: int | None = None, hint: str | None = None
+    ) -> None:
+        where = ":".join(str(part) for part in (file, line) if part is not None)
+        super().__init__(f"{where}: {message}" if where else message, hint=hint)
+        self.file = file
+        self.line = line
+
+
 class DownloadError(KvernError):
     """A model that could not be fetched, or whose bytes are not the pinned ones."""
 
