@@ -58,7 +58,7 @@ def test_wrong_calls_exit_with_2(argv: list[str], error: str, hint: str, capsys:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: kvern {name}" in out

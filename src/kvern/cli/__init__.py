@@ -1,6 +1,7 @@
 """The command `kvern`: a table of commands, each a module that is imported only when it is called.
 
-A command module has HELP, EXAMPLES, `add_arguments(parser)` and `run(args) -> exit code`. Errors go to stderr as
+A command may have two words (`train plot`). A command module has HELP, EXAMPLES, `add_arguments(parser)` and
+`run(args) -> exit code`. Errors go to stderr as
 `error: ...`, an empty line and `hint: ...`; data goes to stdout.
 """
 
@@ -21,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("kvern.cli.chat", "talk to a model here, or to any server"),
     "batch": ("kvern.cli.batch", "answer every request of a file"),
     "pull": ("kvern.cli.pull", "download a known model and verify it"),
+    "train plot": ("kvern.cli.train_plot", "draw the curves of training runs"),
     "convert": ("kvern.cli.convert", "convert or import a model into a V3 checkpoint"),
     "bench": ("kvern.cli.bench", "measure the engine here, or any server"),
     "doctor": ("kvern.cli.doctor", "describe this machine, and what would make it faster"),
@@ -66,12 +68,18 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(_version())
         return 0
-    name, *rest = argv
+    name, rest = _split(argv)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `kvern {near[0]}`?" if near else "kvern --help lists the commands"
         raise ConfigError(f"unknown command {name!r}", hint=hint)
     return _run_command(name, rest)
+
+
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """The command's name, which is two words where such a command exists, and its arguments."""
+    name = " ".join(argv[:2])
+    return (name, argv[2:]) if name in COMMANDS else (argv[0], argv[1:])
 
 
 def _run_command(name: str, argv: list[str]) -> int:
@@ -89,7 +97,7 @@ def _run_command(name: str, argv: list[str]) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"{name:<10}{help_line}" for name, (_, help_line) in COMMANDS.items())
+    commands = "\n".join(f"{name:<13}{help_line}" for name, (_, help_line) in COMMANDS.items())
     return (
         "usage: kvern COMMAND [ARGUMENT ...]\n\nRuns models of the DeepSeek-V3 architecture on your own machine.\n\n"
         f"commands:\n{_indent(commands)}\n\nexamples:\n{_indent(EXAMPLES)}\n\n`kvern COMMAND --help` tells more."

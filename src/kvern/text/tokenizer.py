@@ -139,14 +139,14 @@ class Tokenizer:
         """Character to byte of a byte-level vocabulary; empty for other vocabularies."""
         decoder = json.loads(self._definition).get("decoder") or {}
         parts = [decoder, *decoder.get("decoders", ())]
-        return _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else {}
+        return byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else {}
 
     def _id_of(self, name: str) -> int | None:
         token = self.named_tokens.get(name)
         return None if token is None else self._full.token_to_id(token)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

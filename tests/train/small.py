@@ -1,0 +1,98 @@
+"""A run that takes a fraction of a second: a tiny model, and rows that count upward modulo the vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvern.data.row_stream import Row
+from kvern.train.checkpoint import Checkpoints
+from kvern.train.config import TrainConfig, parse
+from kvern.train.flops import Peak
+from kvern.train.mesh import Ranks
+from kvern.train.metrics import Metrics, MetricsFile, read
+from kvern.train.trainer import Outcome, Trainer
+
+LENGTH, VOCABULARY = 32, 64
+MODEL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+PEAK = Peak(1e12, "made up")
+TIMES = ("seconds", "tokens_per_s", "mfu")
+
+
+class CountingRows:
+    """Row i counts from 7 i, in two documents."""
+
+    fingerprint = "counting"
+
+    def row(self, index: int) -> Row:
+        return Row((np.arange(LENGTH) + 7 * index) % VOCABULARY, (LENGTH - 12, 12), None)
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    """The parsed file; `changes` replace whole tables."""
+    tables: dict[str, Any] = {
+        "steps": 4,
+        "model": MODEL,
+        "data": {},
+        "batch": {"rows": 4, "length": LENGTH, "micro_batch": 2},
+        "precision": {"dtype": "f32"},
+        "learning_rate": {"peak": 1e-2, "warmup_steps": 2},
+    }
+    return {**tables, **changes}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return parse(raw(**changes))
+
+
+def trainer(settings: TrainConfig, folder: Path) -> Trainer:
+    checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep)
+    return Trainer(settings, CountingRows(), Ranks(0, 1, torch.device("cpu")), checkpoints)
+
+
+def train(run: Trainer, folder: Path) -> Outcome:
+    with Metrics([MetricsFile(folder / "metrics.jsonl")]) as metrics:
+        outcome = run.run(metrics, PEAK)
+    run.checkpoints.close()
+    return outcome
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without what the clock says."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read(folder / "metrics.jsonl")]
+
+
+def parameters(run: Trainer) -> dict[str, torch.Tensor]:
+    named = {name: tensor.detach().clone() for name, tensor in run.model.named_parameters()}
+    return named | {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+
+
+def assert_equal(one: Trainer, other: Trainer) -> None:
+    """Every parameter and every bias, bit for bit."""
+    expected, got = parameters(one), parameters(other)
+    assert expected.keys() == got.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, got[name])] == []
