@@ -18,6 +18,7 @@ from kvern.model.linear import Linear
 from kvern.model.mtp import MTPLayer
 from kvern.ops import Fp8Recipe
 from kvern.train.balance import LoadBalancer, RoutingLog
+from kvern.train.experts import GroupedExperts, checkpoint_state, ungrouped
 from kvern.train.loss import LossOptions, MTPWeight, training_loss
 from kvern.train.model import Fp8Linear, initialise, make_trainable
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
@@ -128,15 +129,12 @@ def test_gradients_are_those_of_transformers() -> None:
     ids = torch.tensor([document])
     loss = oracle(input_ids=ids, labels=ids).loss
     torch.autograd.backward(loss)
-    ours = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    trained = [(name, p.grad) for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None]
+    ours = dict(pair for name, gradient in trained for pair in ungrouped(name, gradient))
     theirs = checkpoint_names({name: p.grad for name, p in oracle.named_parameters() if p.grad is not None})
     assert len(theirs) > 40
     for name, gradient in theirs.items():
-        got = ours[name]
-        if got is None:
-            assert not gradient.any(), name
-        else:
-            torch.testing.assert_close(got, gradient, rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_weight_of_mtp_by_tokens() -> None:
@@ -149,7 +147,7 @@ def test_mtp_shares_embedding_and_head() -> None:
     names = dict(model.named_parameters(remove_duplicate=False))
     assert names["model.layers.2.embed_tokens.weight"] is names["model.embed_tokens.weight"]
     assert names["model.layers.2.shared_head.head.weight"] is names["lm_head.weight"]
-    assert set(model.state_dict()) == set(Transformer(model.config).state_dict())
+    assert set(checkpoint_state(model)) == set(Transformer(model.config).state_dict())
 
 
 def test_fp8_covers_every_linear_but_those_kept_precise() -> None:
@@ -158,9 +156,11 @@ def test_fp8_covers_every_linear_but_those_kept_precise() -> None:
     plain = {name for name, m in linears.items() if not isinstance(m, Fp8Linear)}
     assert plain == {"lm_head", "model.layers.2.shared_head.head", "model.layers.2.eh_proj"}
     fp8 = {name for name, m in model.named_modules() if isinstance(m, Fp8Linear)}
-    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.3.down_proj"} <= fp8
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"} <= fp8
+    grouped = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    assert [module.recipe for module in grouped] == [Fp8Recipe()] * 2
     assert "model.layers.2.mlp.shared_experts.gate_proj" in fp8
-    assert set(model.state_dict()) == set(Transformer(model.config).state_dict())
+    assert set(checkpoint_state(model)) == set(Transformer(model.config).state_dict())
 
 
 def test_fp8_gradients_point_the_same_way() -> None:

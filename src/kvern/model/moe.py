@@ -2,11 +2,14 @@
 
     y = shared(x) + sum_k g_k expert_k(x),   g from `ops.route`
 
-Experts are separate modules whose weights are mapped views of the checkpoint, so only those that a batch routes to are
-ever read: a checkpoint may exceed memory. What it gives up here is the grouped product over all experts of a batch.
+Experts see the tokens sorted by expert, each its own rows. Here they are separate modules whose weights are mapped
+views of the checkpoint, so only those that a batch routes to are ever read: a checkpoint may exceed memory. What that
+gives up is the grouped product over all experts of a batch, which training has (`train.experts`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,15 @@ class Gate(nn.Module):
         )
 
 
+class SeparateExperts(nn.ModuleList):
+    """N MLPs, each with a module and weights of its own."""
+
+    def forward(self, x_RE: Tensor, counts: Sequence[int]) -> Tensor:
+        """x [R, hidden], sorted by expert, the first counts[0] of expert 0 -> [R, hidden]."""
+        rows_of = torch.split(x_RE, list(counts))
+        return torch.cat([expert(rows) for expert, rows in zip(self, rows_of, strict=True) if len(rows)] or [x_RE])
+
+
 class MoE(nn.Module):
     """Gate, routed experts and shared experts of one layer."""
 
@@ -52,24 +64,17 @@ class MoE(nn.Module):
         assert config.n_routed_experts is not None
         hidden, width, dtype = config.hidden_size, config.moe_intermediate_size, linear_dtype(config)
         self.gate = Gate(config, device)
-        self.experts = nn.ModuleList(MLP(hidden, width, dtype, device) for _ in range(config.n_routed_experts))
+        self.experts = SeparateExperts(MLP(hidden, width, dtype, device) for _ in range(config.n_routed_experts))
         if config.n_shared_experts:
             self.shared_experts = MLP(hidden, width * config.n_shared_experts, dtype, device)
 
     def forward(self, x_TE: Tensor) -> Tensor:
         """x [T, hidden] -> [T, hidden]; each expert runs once, over the tokens routed to it."""
         weights_TK, experts_TK = self.gate(x_TE)
-        out_TE = torch.zeros_like(x_TE)
-        flat = experts_TK.flatten()
-        order = flat.argsort(stable=True)
-        tokens = order // experts_TK.shape[1]
-        used, counts = flat[order].unique_consecutive(return_counts=True)
-        scaled = weights_TK.flatten()[order].to(x_TE.dtype)[:, None]
-        first = 0
-        for expert, count in zip(used.tolist(), counts.tolist(), strict=True):
-            rows = slice(first, first + count)
-            out_TE.index_add_(0, tokens[rows], self.experts[expert](x_TE[tokens[rows]]) * scaled[rows])
-            first += count
+        order_R = experts_TK.flatten().argsort(stable=True)
+        counts = experts_TK.flatten().bincount(minlength=len(self.gate.weight)).tolist()
+        rows_RE = self.experts(x_TE[order_R // experts_TK.shape[1]], counts)
+        out_TE = ops.combine_experts(rows_RE, weights_TK, order_R, counts)
         if hasattr(self, "shared_experts"):
             out_TE = out_TE + self.shared_experts(x_TE)
         return out_TE

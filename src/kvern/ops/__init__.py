@@ -19,6 +19,8 @@ from kvern.ops.dispatch import Op
 from kvern.ops.fp8_linear import Fp8Recipe as Fp8Recipe
 from kvern.ops.fp8_linear import fp8_linear as fp8_linear
 from kvern.ops.fp8_linear import scaled_product as scaled_product
+from kvern.ops.grouped_linear import fp8_grouped_linear as fp8_grouped_linear
+from kvern.ops.grouped_linear import grouped_linear as grouped_linear
 
 linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"))
 dequantize = Op("dequantize", reference.dequantize, native.backends("dequantize"))
@@ -26,6 +28,7 @@ quantize_blocks = Op("quantize_blocks", reference.quantize_blocks)
 linear_int4 = Op("linear_int4", reference_int4.linear_int4)
 dequantize_int4 = Op("dequantize_int4", reference_int4.dequantize_int4)
 grouped_experts = Op("grouped_experts", reference_experts.grouped_experts, triton_backends.backends("grouped_experts"))
+combine_experts = Op("combine_experts", reference_experts.combine_experts)
 rms_norm = Op("rms_norm", reference.rms_norm)
 apply_rope = Op("apply_rope", reference.apply_rope)
 swiglu = Op("swiglu", reference.swiglu)
@@ -50,6 +53,7 @@ ALL = (
     linear_int4,
     dequantize_int4,
     grouped_experts,
+    combine_experts,
     rms_norm,
     apply_rope,
     swiglu,

@@ -79,22 +79,23 @@ class _Fp8Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         codes, scale, blocks, block_scale = ctx.saved_tensors
-        dx = _dgrad(dy, blocks, block_scale, ctx.recipe, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        dw = _wgrad(dy, codes, scale, ctx.recipe, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        dx = dgrad(dy, blocks, block_scale, ctx.recipe, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = wgrad(dy, *retile(codes, scale, ctx.recipe), ctx.recipe, ctx.dtypes[1])
         return dx, dw, None
 
 
-def _dgrad(dy: Tensor, blocks: Tensor, block_scale: Tensor, recipe: Fp8Recipe, dtype: torch.dtype) -> Tensor:
+def dgrad(dy: Tensor, blocks: Tensor, block_scale: Tensor, recipe: Fp8Recipe, dtype: torch.dtype) -> Tensor:
     """[T, K]: dy [T, N] through the weight's codes [N, K]."""
     codes, scale = recipe.quantize(dy, ROW_TILE)
     return scaled_product(codes, scale, blocks.T, block_scale.T, dtype)
 
 
-def _wgrad(dy: Tensor, codes: Tensor, scale: Tensor, recipe: Fp8Recipe, dtype: torch.dtype) -> Tensor:
-    """[N, K]: dy [T, N] and the codes [T, K] of x, both tiled along the tokens."""
+def wgrad(dy: Tensor, columns: Tensor, column_scale: Tensor, recipe: Fp8Recipe, dtype: torch.dtype) -> Tensor:
+    """[N, K]: dy [T, N], tiled along the tokens, and the codes [T, K] of x that `retile` gave."""
     left, left_scale = recipe.quantize(dy, COLUMN_TILE)
-    right, right_scale = retile(codes, scale, recipe)
-    return scaled_product(left.T, left_scale.T, right.T, right_scale.T, dtype)
+    return scaled_product(left.T, left_scale.T, columns.T, column_scale.T, dtype)
 
 
 def retile(codes: Tensor, scale: Tensor, recipe: Fp8Recipe) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ at the counts, which waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,4 +46,18 @@ def grouped_experts(
         inner = reference.swiglu(reference.linear(chosen, one[0], scale[0]), reference.linear(chosen, one[1], scale[1]))
         out.index_add_(0, tokens[rows], reference.linear(inner, one[2], scale[2]) * shares[rows])
         first = rows.stop
+    return out
+
+
+def combine_experts(rows: Tensor, weights: Tensor, order: Tensor, counts: Sequence[int]) -> Tensor:
+    """Add up what experts made of each token: rows [R, D], sorted by expert, weights [T, K], R = T K; returns [T, D].
+
+    order [R]: rows[r] belongs to weights.flatten()[order[r]]. counts: rows of each expert. Expert after expert adds to
+    the result in rows.dtype.
+    """
+    out = rows.new_zeros(len(weights), rows.shape[1])
+    tokens = order // max(1, weights.shape[1])
+    scaled = rows * weights.flatten()[order].to(rows.dtype)[:, None]
+    for part, place in zip(torch.split(scaled, list(counts)), torch.split(tokens, list(counts)), strict=True):
+        out.index_add_(0, place, part)
     return out

@@ -1,4 +1,4 @@
-"""A `Transformer` made trainable: gradients on, MTP's copies shared, Linears in FP8 where the report has them so.
+"""A `Transformer` made trainable: gradients on, experts grouped, MTP's copies shared, the report's Linears in FP8.
 
 Parameters are the FP32 masters; `activation_dtype` is what flows between layers, and what products outside FP8 are
 computed in. In higher precision stay the embedding, the head, MTP's eh_proj (BF16 in the official checkpoint, too),
@@ -7,6 +7,8 @@ Source: DeepSeek-V3 technical report, sections 3.3 and 4.2.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from kvern.model import Transformer
 from kvern.model.linear import Linear, RMSNorm
 from kvern.model.mtp import MTPLayer
 from kvern.ops import Fp8Recipe
+from kvern.train.experts import GATE_UP, GroupedExperts, group_experts
 
 INITIAL_STD = 0.006
 """The report's standard deviation of all weights (section 4.2), whatever config.json's initializer_range says."""
@@ -40,8 +43,9 @@ class Fp8Linear(Linear):
 def make_trainable(model: Transformer, recipe: Fp8Recipe | None = None) -> None:
     """Prepare `model`, whose parameters are float32, for training: with Linears in FP8 where `recipe` is given.
 
-    Names of parameters stay the checkpoint's. MTP layers get the main model's embedding and head, which the checkpoint
-    stores as copies. Raises ConfigError where a weight is quantised or not float32.
+    Names of parameters stay the checkpoint's, but for the routed experts (see `experts.checkpoint_state`). MTP layers
+    get the main model's embedding and head, which the checkpoint stores as copies. Raises ConfigError where a weight is
+    quantised or not float32.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype is not torch.float32:
@@ -53,25 +57,40 @@ def make_trainable(model: Transformer, recipe: Fp8Recipe | None = None) -> None:
     for layer in model.model.layers:
         if isinstance(layer, MTPLayer):
             layer.embed_tokens, layer.shared_head.head = model.model.embed_tokens, model.lm_head
+    group_experts(model, recipe)
     if recipe is not None:
         _use_fp8(model, recipe)
     model.requires_grad_(True).train()
 
 
 def initialise(model: Transformer, generator: torch.Generator, std: float = INITIAL_STD) -> None:
-    """Fresh weights, drawn in the order of the names: N(0, std), norms 1, biases 0."""
-    norms = {module.weight for module in model.modules() if isinstance(module, RMSNorm)}
+    """Fresh weights, drawn in the order of the names: N(0, std), norms 1, biases 0.
+
+    Grouped or not, experts get the same numbers, for they are drawn one after the other.
+    """
+    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter in norms:
-                parameter.fill_(1.0)
+        for name, weight in _in_order(model):
+            if name in norms:
+                weight.fill_(1.0)
             elif name.endswith(".bias"):
-                parameter.zero_()
+                weight.zero_()
             else:
-                parameter.normal_(0.0, std, generator=generator)
+                weight.normal_(0.0, std, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
+
+
+def _in_order(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter once under the checkpoint's name, an expert's gate, up and down one after the other."""
+    for name, parameter in model.named_parameters():
+        stem, _, stack = name.rpartition(".")
+        experts = model.get_submodule(stem)
+        if not isinstance(experts, GroupedExperts):
+            yield name, parameter
+        elif stack == GATE_UP:
+            yield from experts.separate(f"{stem}.")
 
 
 def _use_fp8(model: Transformer, recipe: Fp8Recipe) -> None:
