@@ -41,7 +41,7 @@ class ServeSettings(BaseSettings):
     model: str = Field(
         default="coder-0.5b",
         min_length=1,
-        description="a pulled model's name, or a checkpoint folder",
+        description="the name of a pulled or bundled model, or a checkpoint folder",
         json_schema_extra=MODEL,
     )
     dtype: Literal["auto", "bf16", "f32"] = Field(

@@ -74,7 +74,7 @@ def test_a_real_model_answers_a_pipe(tiny_folder: Path) -> None:
     [
         (["http://127.0.0.1:9"], "hi", "error: nobody answers at http://127.0.0.1:9/v1"),
         (["m", "--url", "http://127.0.0.1:9"], "hi", "error: name a model or a URL, not both"),
-        (["m", "--model", "n"], "hi", "error: --model goes with a URL"),
+        (["m", "--model", "n"], "hi", "error: two models are named"),
         (["--url", "127.0.0.1:9"], "hi", "error: '127.0.0.1:9' is no URL"),
         (["--url", "http://127.0.0.1:9"], " ", "error: there is no message on standard input"),
         (["no-such-model"], "hi", "error: "),

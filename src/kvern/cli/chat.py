@@ -17,6 +17,7 @@ from kvern.text.messages import Message
 HELP = "Talk to a model here, or to any OpenAI-compatible server. /reset starts again, /exit leaves."
 EXAMPLES = """\
 kvern chat                                     the default model, in this process
+kvern chat nano                                the model that ships with Kvern: nothing to pull
 kvern chat http://127.0.0.1:8000               a server
 kvern chat --url https://gpu-box/v1 --model deepseek-v3
 echo 'Explain MLA in a sentence' | kvern chat --temperature 0
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("target", nargs="?", metavar="MODEL|URL", help=f"who answers (default: {DEFAULT_MODEL})")
     parser.add_argument("--url", help=f"an OpenAI-compatible server; its key, if any, in {KEY_VARIABLE}")
-    parser.add_argument("--model", help="the model to ask the server for (default: the first that it lists)")
+    parser.add_argument("--model", help="the model here, or the one to ask the server for (there: the first listed)")
     parser.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: up to the context's end)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: the model's own)")
@@ -57,15 +58,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _speaker(args: argparse.Namespace) -> Speaker:
-    target = args.target or args.url or DEFAULT_MODEL
     if args.target and args.url:
         raise BadRequestError("name a model or a URL, not both")
-    if args.url or target.startswith(("http://", "https://")):
+    behind_url = args.url or (args.target or "").startswith(("http://", "https://"))
+    target = args.target or args.url or args.model or DEFAULT_MODEL
+    if behind_url:
         from kvern.client import Client
 
         return Client(target, model=args.model, api_key=os.environ.get(KEY_VARIABLE))
-    if args.model:
-        raise BadRequestError("--model goes with a URL", hint=f"kvern chat {args.model}")
+    if args.target and args.model:
+        raise BadRequestError("two models are named", hint=f"kvern chat {args.model}")
     from kvern.checkpoint.progress import progress_bar
     from kvern.llm import LLM, resolve
 

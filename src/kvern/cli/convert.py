@@ -76,9 +76,12 @@ def _source(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
+    from kvern.checkpoint.bundled import BUNDLED, bundled_folder
     from kvern.checkpoint.known_models import KNOWN
     from kvern.checkpoint.local import pulled_path
 
+    if source in BUNDLED:
+        return bundled_folder(source)
     if source not in KNOWN:
         return path
     pulled = pulled_path(KNOWN[source])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from kvern.checkpoint.progress import progress_bar, readable_bytes
 from kvern.errors import ConfigError
@@ -42,14 +43,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _size(folder: Path) -> str:
+    return readable_bytes(sum(file.stat().st_size for file in folder.glob("*") if file.is_file()))
+
+
+def _present(folder: Path) -> str:
+    return "bundled" if (folder / "config.json").is_file() else "no"
+
+
 def _print_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from kvern.checkpoint.bundled import BUNDLED, models_root
     from kvern.checkpoint.known_models import KNOWN
     from kvern.checkpoint.local import pulled_path
 
+    folders = {name: models_root() / name for name in BUNDLED}
     rows = [
+        (model.name, model.title, _size(folders[model.name]), model.licence, _present(folders[model.name]))
+        for model in BUNDLED.values()
+    ]
+    rows += [
         (model.name, model.title, readable_bytes(model.size), model.licence, "yes" if pulled_path(model) else "no")
         for model in KNOWN.values()
     ]
