@@ -81,7 +81,7 @@ def files(tokenizer: tokenizers.Tokenizer, context: int) -> dict[str, bytes]:
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,
-        "add_bos_token": False,
+        "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
