@@ -19,6 +19,7 @@ A conversation without control strings takes the original encoder in one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -38,9 +39,10 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 class ChatTemplate:
-    """A chat template bound to its tokenizer."""
+    """A chat template bound to its tokenizer. `source`: its text."""
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        self.source = source
         self._tokenizer = tokenizer
         self._renderer = Renderer(source, tokenizer.named_tokens, tokenizer.control)
         self.can_think = self._renderer.can_think
@@ -77,6 +79,51 @@ class ChatTemplate:
         text = self._text(values, chat, True)
         ids, parsing = self._encode(values, text, chat, True), self._parsing(chat, text)
         return ids + self._tokenizer.encode(parsing.written, allow_special=True), parsing
+
+    def answered(self, chat: Conversation, answer: Message) -> tuple[list[int], list[int]]:
+        """(The ids that ask for an answer: those of `prompt`; the ids that answer so, to the end of the turn).
+
+        What serving shows of earlier turns, reasoning left out or not, is what the prompt holds. An answer with
+        reasoning is one to a prompt that asks for it (`thinking`). Raises BadRequestError where the template cannot
+        show the whole answer behind the prompt.
+        """
+        asking = replace(chat, thinking=bool(answer.reasoning_content) if self.can_think else None)
+        if answer.reasoning_content and not self.can_think:
+            raise BadRequestError("the model's chat template has no place for reasoning", param="reasoning_content")
+        prompt, parsing = self.prompt(asking)
+        whole = replace(asking, messages=(*chat.messages, answer))
+        values, before = self._renderer.values(whole), self._renderer.values(asking)
+
+        def render(change: Marker) -> str:
+            asked = self._text(_map_strings(before, change), asking, True)
+            shown = self._text(_map_strings(values, change), whole, False)
+            return self._tail(asked, parsing.written, shown, change(answer.reasoning_content or ""))
+
+        text = render(str)
+        missing = [answer.content or "", answer.reasoning_content or "", *(call.name for call in answer.tool_calls)]
+        if not all(part.strip() in text for part in missing):
+            raise BadRequestError("the chat template does not show the whole of this answer", param="messages")
+        if not any(self._suspicious(string) for string in (*_strings(values), answer.reasoning_content or "")):
+            return prompt, self._tokenizer.encode(text, allow_special=True)
+        return prompt, [token_id for part in self._parts(render, text) for token_id in part]
+
+    def _tail(self, asked: str, written: str, shown: str, reasoning: str) -> str:
+        """What of `shown`, which holds the answer as a turn of the past, comes behind the text that asks for it.
+
+        Turns of the past may lack the reasoning, or the mark that opens it: then both are put back.
+        """
+        if shown.startswith(asked + written):
+            return shown[len(asked + written) :]
+        opened, closed = self.format.think or ("", "")
+        base, found, gap = asked.rpartition(opened) if opened else ("", "", "")
+        if not found or gap.strip() or not shown.startswith(base):
+            raise BadRequestError("the chat template shows an answer in another way than it asks for one")
+        tail = shown[len(base) :]
+        if not reasoning:
+            return tail
+        if tail.startswith(closed):
+            return reasoning + tail
+        return reasoning + (f"\n{closed}\n\n" if gap else closed) + tail
 
     def _parsing(self, chat: Conversation, text: str) -> Parsing:
         opened, closed = self.format.think or ("", "")

@@ -9,6 +9,7 @@ both give the same ids. Added tokens made of white space stay in both: they are 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -74,6 +75,10 @@ class Tokenizer:
         encoder = self._full if allow_special or not self.find_control(text) else self._plain
         return list(encoder.encode(text, add_special_tokens=False).ids)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, nothing added and no control ids: as `encode` does, on all cores."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens left out."""
         return self._full.decode(ids, skip_special_tokens=True)
@@ -114,6 +119,16 @@ class Tokenizer:
     @property
     def eos_id(self) -> int | None:
         return self._id_of("eos_token")
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._full.get_vocab_size(), 1 + max(self._added, default=0))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the two files: what ids depend on."""
+        return hashlib.sha256(f"{self._definition}\0{json.dumps(self.config, sort_keys=True)}".encode()).hexdigest()
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
