@@ -52,16 +52,24 @@ class Attention(nn.Module):
 
     def forward(self, x_TE: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
         """x [T, hidden] -> [T, hidden]; stores the batch's latents in its cache."""
-        q_THN, q_THP = self._queries(x_TE, rotation_TF)
+        attended = self.attend(self._query_latent(x_TE), self._latents(x_TE, rotation_TF), rotation_TF, batch)
+        projected: Tensor = self.o_proj(attended)
+        return projected
+
+    def attend(self, query: Tensor, latent_TD: Tensor, rotation_TF: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, heads * V]: queries, keys and values made of latents, and attention between them.
+
+        query: what `q_b_proj` (or `q_proj`) multiplies.
+        """
+        q_THN, q_THP = self._queries(query, rotation_TF)
         cache = batch.cache or BatchLatents()
-        cache.extend(self.layer, self._latents(x_TE, rotation_TF))
+        cache.extend(self.layer, latent_TD)
         absorbed, expanded = split_forms(self.config, batch)
         if not expanded:
             out_THV = self._absorbed(q_THN, q_THP, absorbed, cache, batch)
         else:
             out_THV = self._mixed(q_THN, q_THP, absorbed, expanded, cache, batch)
-        projected: Tensor = self.o_proj(out_THV.flatten(1))
-        return projected
+        return out_THV.flatten(1)
 
     def _mixed(
         self,
@@ -86,11 +94,18 @@ class Attention(nn.Module):
             parts[sequence] = self._expanded(q_THN[span], q_THP[span], context_CD)
         return torch.cat([parts[sequence] for sequence in sorted(parts)])
 
-    def _queries(self, x_TE: Tensor, rotation_TF: Tensor) -> tuple[Tensor, Tensor]:
+    def _query_latent(self, x_TE: Tensor) -> Tensor:
+        """[T, q_lora_rank], or x itself where queries have no latent."""
+        if self.config.q_lora_rank is None:
+            return x_TE
+        latent: Tensor = self.q_a_layernorm(self.q_a_proj(x_TE))
+        return latent
+
+    def _queries(self, query: Tensor, rotation_TF: Tensor) -> tuple[Tensor, Tensor]:
         """(q_nope [T, H, N], rotated q_rope [T, H, P])."""
         config = self.config
-        q = self.q_proj(x_TE) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TE)))
-        q_THK = q.view(len(x_TE), config.num_attention_heads, config.qk_head_dim)
+        q = self.q_proj(query) if config.q_lora_rank is None else self.q_b_proj(query)
+        q_THK = q.view(len(query), config.num_attention_heads, config.qk_head_dim)
         q_THN, q_THP = torch.split(q_THK, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return q_THN, ops.apply_rope(q_THP, rotation_TF)
 

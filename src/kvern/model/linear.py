@@ -136,8 +136,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., hidden] -> [.., hidden]."""
-        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
         return out
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What the down-projection multiplies."""
+        return ops.swiglu(gate, up)
 
 
 def linear_dtype(config: ModelConfig) -> torch.dtype:

@@ -53,7 +53,11 @@ class GroupedExperts(nn.Module):
     def forward(self, x_RE: Tensor, counts: Sequence[int]) -> Tensor:
         """x [R, hidden], sorted by expert, the first counts[0] of expert 0 -> [R, hidden]."""
         gate_RI, up_RI = self._product(x_RE, self.gate_up_proj, counts, 2).chunk(2, dim=-1)
-        return self._product(ops.swiglu(gate_RI, up_RI), self.down_proj, counts, 1)
+        return self._product(self.activate(gate_RI, up_RI), self.down_proj, counts, 1)
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What the down-projections multiply."""
+        return ops.swiglu(gate, up)
 
     def separate(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name under `prefix`, view), in the order in which separate experts are named."""

@@ -32,6 +32,7 @@ from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, StepMetrics
 from kvern.train.model import initialise, make_trainable
 from kvern.train.optim import AdamW, parameter_groups
+from kvern.train.recompute import recompute
 from kvern.train.step import Learner, StepResult, StepSettings
 
 
@@ -207,6 +208,7 @@ def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.float32, copy=True)
     make_trainable(model, config.precision.recipe())
+    recompute(model, config.recompute.activations)
     return model.to(ranks.device)
 
 
