@@ -49,12 +49,16 @@ class MeshOptions:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` of them. `mesh` [world / expert, expert]: None where it is alone."""
+    """This process among `world` of them.
+
+    mesh: [world / expert, expert]; everyone: [world]. Both are None where it is alone.
+    """
 
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    everyone: DeviceMesh | None = None
 
     @property
     def data_rank(self) -> int:
@@ -103,8 +107,10 @@ def start(options: MeshOptions | None = None, environment: Mapping[str, str] = o
     if world == 1:
         return Ranks(0, 1, device)
     _meet(environment, device, timedelta(minutes=options.timeout_minutes))
-    mesh = init_device_mesh(device.type, (world // options.expert, options.expert), mesh_dim_names=(DATA, EXPERT))
-    return Ranks(dist.get_rank(), world, device, mesh)
+    shape = (world // options.expert, options.expert)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, EXPERT))
+    everyone = init_device_mesh(device.type, (world,))
+    return Ranks(dist.get_rank(), world, device, mesh, everyone)
 
 
 def _meet(environment: Mapping[str, str], device: torch.device, timeout: timedelta) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from kvern.errors import ConfigError, TrainingError
@@ -92,17 +93,36 @@ def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> li
     ]
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float = MAX_NORM) -> float:
+def clip_gradients(
+    parameters: Mapping[str, nn.Parameter],
+    max_norm: float = MAX_NORM,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> float:
     """Scale all gradients down to a common norm of at most `max_norm`; returns the norm before.
 
-    Raises TrainingError that names the first parameter with a gradient that is not finite; nothing is changed then.
+    reduce: adds a tensor over all ranks, in place, where gradients are DTensors that are cut over all of them, each
+    number on one rank. Raises TrainingError, on every rank alike, that names the first parameter with a gradient that
+    is not finite; nothing is changed then.
     """
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    own = {name: local(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None}
+    some = next(iter(parameters.values()))
+    nothing = torch.zeros((), dtype=torch.float64, device=some.device)
+    squares = torch.stack(
+        [torch.linalg.vector_norm(own[name]).double().square() if name in own else nothing for name in parameters]
+    )
+    if reduce is not None:
+        reduce(squares)
+    norm = squares.sum().sqrt()
     if not torch.isfinite(norm):
-        for name, parameter in parameters.items():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        for name, finite in zip(parameters, torch.isfinite(squares).tolist(), strict=True):
+            if not finite:
                 raise TrainingError(f"the gradient of {name} is not finite")
-        raise TrainingError("the norm of all gradients is not finite")
-    nn.utils.clip_grads_with_norm_(list(parameters.values()), max_norm, norm)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in own.values():
+        gradient.mul_(scale.to(gradient.dtype))
     return float(norm)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of `tensor` lies on this rank: all of it, unless it is a DTensor. A view, without gradient."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

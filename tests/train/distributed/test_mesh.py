@@ -61,7 +61,15 @@ def who(ranks: Ranks, folder: Path) -> tuple[int, int, int, list[int], list[int]
     return ranks.rank, int(counts[0]), int(counts[1]), data, expert
 
 
-def test_four_ranks_add_up_and_lie_in_a_grid(tmp_path: Path) -> None:
+def test_ranks_add_up_and_lie_in_a_grid(tmp_path: Path) -> None:
+    assert launch(2, "tests.train.distributed.test_mesh:who", tmp_path, expert=2) == [
+        (0, 1, 20, [0], [0, 1]),
+        (1, 1, 20, [1], [0, 1]),
+    ]
+
+
+@pytest.mark.slow
+def test_the_experts_dimension_is_the_inner_one(tmp_path: Path) -> None:
     assert launch(4, "tests.train.distributed.test_mesh:who", tmp_path, expert=2) == [
         (0, 6, 40, [0, 2], [0, 1]),
         (1, 6, 40, [1, 3], [0, 1]),

@@ -1,0 +1,67 @@
+"""Several processes compute what one computes: losses, every gradient, the norm, loads, weights after some steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from tests.train.distributed.cases import Case, Distance, build
+from tests.train.distributed.launch import launch
+
+from kvern.errors import ConfigError, TrainingError
+from kvern.train.mesh import Ranks
+from kvern.train.parallelize import parallelize
+
+F32 = {"loss": 2e-7, "norm": 5e-7, "gradient": 1e-6, "weight": 5e-5}
+"""Weights differ by more than gradients: Adam's first steps go by the sign of a gradient, however small, and its
+moments round to BF16."""
+BF16 = {"loss": 2e-3, "norm": 2e-3, "gradient": 1e-2, "weight": 5e-3}
+"""Experts' products of other rows at a time round to other BF16 numbers; with FSDP alone they are the same products."""
+
+CASES = "tests.train.distributed.cases:"
+
+
+def check(world: int, function: str, folder: Path) -> None:
+    results = cast(list[dict[str, Distance]], launch(world, CASES + function, folder))
+    for name, distance in results[0].items():
+        low = name == "EP, BF16"
+        for key, limit in (BF16 if low else F32).items():
+            assert getattr(distance, key) <= limit, (name, key, distance)
+        assert distance.loads_equal or low, name
+        assert distance.idle == 0, name
+        assert distance.sharded, name
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    check(2, "two", tmp_path)
+
+
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    check(4, "four", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_other_arrangements_and_precisions_equal_one_process(tmp_path: Path, world: int) -> None:
+    check(world, f"more_of_{world}", tmp_path)
+
+
+def test_alone_nothing_is_cut() -> None:
+    model = build(Case("alone"))
+    before = list(model.parameters())
+    parallelize(model, Ranks(0, 1, torch.device("cpu")))
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_shared_is_refused_by_all(tmp_path: Path) -> None:
+    errors = launch(4, CASES + "refusals", tmp_path)
+    assert all(others == errors[0] for others in errors)
+    kinds, words = zip(*errors[0], strict=True)
+    assert kinds == (ConfigError, ConfigError, TrainingError)
+    assert "has 5 experts, which 2 ranks cannot share evenly" in words[0]
+    assert "has a stack of 33 rows, which 2 ranks cannot share evenly" in words[1]
+    assert "different values of model.norm.weight" in words[2]
