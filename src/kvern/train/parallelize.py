@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
@@ -58,7 +58,7 @@ def parallelize(model: Transformer, ranks: Ranks) -> None:
             module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
-def _shard_experts(mlp: nn.Module, dtype: torch.dtype, ranks: Ranks) -> None:
+def _shard_experts(mlp: nn.Module | Tensor, dtype: torch.dtype, ranks: Ranks) -> None:
     if not isinstance(mlp, MoE) or ranks.mesh is None:
         return
     assert isinstance(mlp.experts, GroupedExperts)

@@ -73,7 +73,7 @@ class Learner:
         losses = self._gradients(micro, targets, batch, settings)
         if not torch.isfinite(losses).all():
             raise TrainingError(f"the loss is not finite: {self._first_non_finite(micro)}")
-        norm = clip_gradients(dict(self.model.named_parameters()), settings.max_norm)
+        norm = clip_gradients(dict(self.model.named_parameters()), settings.max_norm, self.add_up)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr
         self.optimizer.step()

@@ -32,6 +32,7 @@ from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, StepMetrics
 from kvern.train.model import initialise, make_trainable
 from kvern.train.optim import AdamW, parameter_groups
+from kvern.train.parallelize import parallelize
 from kvern.train.recompute import recompute
 from kvern.train.step import Learner, StepResult, StepSettings
 
@@ -198,7 +199,7 @@ class Trainer:
 
 
 def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
-    """The model to train, fresh or from a checkpoint, on this rank's device."""
+    """The model to train, fresh or from a checkpoint: this rank's share, on its device."""
     dtype = config.precision.activation_dtype
     if config.folder is None:
         model = Transformer(config.architecture(), device="cpu", activation_dtype=dtype)
@@ -209,7 +210,9 @@ def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
             parameter.data = parameter.data.to(torch.float32, copy=True)
     make_trainable(model, config.precision.recipe())
     recompute(model, config.recompute.activations)
-    return model.to(ranks.device)
+    model.to(ranks.device)
+    parallelize(model, ranks)
+    return model
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def steps(
         for micro in micro_batches:
             options = LossOptions(balance=0.01 * (len(micro.rows) - 1) / rows)
             part = training_loss(model, micro, log, options=options, divide_by=targets)
-            part.total.backward()
+            torch.autograd.backward(part.total)
             balancer.count(part.routings)
             loss += torch.stack([part.total.detach(), part.mtp]).double()
         if reduce:
