@@ -32,6 +32,7 @@ MEANING = 1
 """Goes up when the same documents would become other ids."""
 
 CHATS, TEXTS = "chats", "texts"
+TRAIN, HELD_OUT = "train", "held-out"
 LOCK = "lock"
 
 
@@ -124,7 +125,7 @@ class _SourceBuild:
         self._key = self._made_with()
         name = re.sub(r"[^\w.-]+", "-", Path(source.path).name)[:64] or "source"
         base = f"{name}-{hashlib.sha256(repr(self._key).encode()).hexdigest()[:12]}"
-        self._train, self._held_out = folder / f"{base}.train.tokens", folder / f"{base}.held-out.tokens"
+        self._train, self._held_out = (folder / f"{base}.{part}.tokens" for part in (TRAIN, HELD_OUT))
 
     def files(self) -> SourceFiles:
         """Those that are there, or new ones."""
@@ -156,9 +157,10 @@ class _SourceBuild:
             held_out = TokenFile.open(self._held_out) if self._options.held_out else None
         except DataError:
             return None
-        parts = [train] if held_out is None else [train, held_out]
-        if any(part.made_from["with"] != self._key or part.made_from != train.made_from for part in parts):
-            return None
+        parts = {TRAIN: train} if held_out is None else {TRAIN: train, HELD_OUT: held_out}
+        for name, part in parts.items():
+            if part.made_from["with"] != self._key or part.made_from != {**train.made_from, "part": name}:
+                return None
         if train.made_from["stamp"] != stamp_of(self._paths) and train.made_from["content"] != digest_of(self._paths):
             return None
         return SourceFiles(self._source, train, held_out)
@@ -174,8 +176,8 @@ class _SourceBuild:
             for one in encoder.encode(self._checked(reader, kinds)):
                 parts[one.held_out].add(one.ids, one.learned, one.utf8_bytes, one.origin)
             made_from = {"with": self._key, "stamp": stamp, "content": reader.digest, "kind": kinds[0]}
-            for part in parts:
-                part.made_from.update(made_from, skipped=dict(reader.skipped))
+            for part, name in zip(parts, (TRAIN, HELD_OUT), strict=False):
+                part.made_from.update(made_from, skipped=dict(reader.skipped), part=name)
 
     def _checked(self, reader: SourceReader, kinds: list[str]) -> Iterator[Document]:
         """The documents, all of one kind, which goes into `kinds`; says on the way how far it is."""

@@ -55,12 +55,12 @@ class Origin:
 class TokenFile:
     """D documents of T tokens in all. Threads and forked processes may share it.
 
-    digest: hex SHA-256 of the whole file. made_from: what the writer said. lengths [D] int64, in tokens.
+    digest: hex SHA-256 of ids, marks and table, whatever the files were called. made_from: what the writer said.
     """
 
-    def __init__(self, path: Path, view: memoryview, trailer: Mapping[str, Any], digest: str) -> None:
+    def __init__(self, path: Path, view: memoryview, trailer: Mapping[str, Any]) -> None:
         self.path = path
-        self.digest = digest
+        self.digest: str = trailer["digest"]
         self.made_from: dict[str, Any] = trailer["made_from"]
         sections = _Sections(view)
         self._ids = sections.take(np.dtype(trailer["dtype"]), trailer["tokens"])
@@ -86,13 +86,14 @@ class TokenFile:
         trailer = json.loads(bytes(body[-LENGTH.size - trailer_bytes : -LENGTH.size]))
         if trailer["version"] != VERSION:
             raise DataError(f"written in version {trailer['version']} of the format, not {VERSION}", file=path)
-        return cls(path, view, trailer, digest.hex())
+        return cls(path, view, trailer)
 
     def __len__(self) -> int:
         return len(self._table)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
+        """[D], in tokens."""
         ends = self._table["end"].astype(np.int64)
         ends[1:] -= ends[:-1].copy()
         return ends
@@ -165,6 +166,7 @@ class TokenFileWriter:
                 self._out.write(chunk)
             self._out.pad()
         self._out.write(self._table().tobytes())
+        digest = self._out.digest.hexdigest()
         names = json.dumps(list(self._names)).encode()
         self._out.write(names)
         self._out.pad()
@@ -175,6 +177,7 @@ class TokenFileWriter:
             "documents": len(self._ends),
             "has_marks": has_marks,
             "names_bytes": len(names),
+            "digest": digest,
             "made_from": self.made_from,
         }
         text = json.dumps(trailer).encode()
