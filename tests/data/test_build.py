@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,12 @@ def test_what_is_refused(corpus: Path, text: TextSide, tmp_path: Path) -> None:
 def test_options_that_are_refused(table: dict[str, object], place: str) -> None:
     with pytest.raises(ValidationError, match=place):
         DataOptions.model_validate(table)
+
+
+def test_the_guide_shows_options_that_exist() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text()
+    shown = tomllib.loads(guide.split("```toml\n")[1].split("```")[0])
+    assert len(DataOptions.model_validate(shown["data"]).sources) == 2
 
 
 def test_held_out_rows_hold_every_document_once(corpus: Path, text: TextSide, tmp_path: Path) -> None:
