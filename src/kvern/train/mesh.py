@@ -76,9 +76,16 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> None:
-        """Add `tensor` up over all ranks, in place; every rank gets the same bits."""
-        if self.world > 1:
+        """Add `tensor` up over all ranks, in place; every rank gets the same bits. TrainingError without the others."""
+        if self.world == 1:
+            return
+        try:
             dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"rank {self.rank} has lost the other ranks: {' '.join(str(error).split())[:300]}",
+                hint="one of them failed or hangs: look for the first error of another rank",
+            ) from error
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

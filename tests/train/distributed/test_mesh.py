@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,20 @@ def test_the_experts_dimension_is_the_inner_one(tmp_path: Path) -> None:
         (2, 6, 40, [0, 2], [2, 3]),
         (3, 6, 40, [1, 3], [2, 3]),
     ]
+
+
+def leave(ranks: Ranks, folder: Path) -> tuple[str, str | None]:
+    """One rank dies; the other says what it misses."""
+    if ranks.rank == 1:
+        torch.save(None, folder / "1.pt")
+        os._exit(0)
+    with pytest.raises(TrainingError) as caught:
+        ranks.barrier()
+    torch.save((caught.value.message, caught.value.hint), folder / "0.pt")
+    os._exit(0)
+
+
+def test_a_rank_without_the_others_says_so(tmp_path: Path) -> None:
+    message, hint = launch(2, "tests.train.distributed.test_mesh:leave", tmp_path)[0]
+    assert message.startswith("rank 0 has lost the other ranks: ")
+    assert "the first error of another rank" in hint
