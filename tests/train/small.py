@@ -57,7 +57,7 @@ def raw(**changes: Any) -> dict[str, Any]:
     tables: dict[str, Any] = {
         "steps": 4,
         "model": MODEL,
-        "data": {},
+        "data": {"sources": [{"path": "corpus"}]},
         "batch": {"rows": 4, "length": LENGTH, "micro_batch": 2},
         "precision": {"dtype": "f32"},
         "learning_rate": {"peak": 1e-2, "warmup_steps": 2},

@@ -66,6 +66,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tokens": 5}, "give steps or tokens, and not both", ""),
     ({"steps": None}, "give steps or tokens", ""),
     ({"seed": -1}, "seed: ", ""),
+    ({"data": {"sources": []}}, "data.sources: ", ""),
+    ({"data": {"sources": [{"path": "x", "wieght": 1}]}}, "unknown key data.sources.0.wieght", "sources.0.weight"),
+    ({"data": {"source": [{"path": "x"}]}}, "unknown key data.source", "did you mean data.sources?"),
     ({"recompute": {"activations": "all"}}, "recompute.activations", ""),
 ]
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvern.config import ModelConfig
 from kvern.config.model_config import ALIASES, INERT, REQUIRED
+from kvern.data.options import DataOptions
 from kvern.errors import ConfigError
 from kvern.ops import Fp8Recipe
 from kvern.train import optim
@@ -40,6 +41,7 @@ MAY_CHANGE = ("steps", "tokens", "batch.micro_batch", "recompute", "mesh", "chec
 
 ROPE_KEYS = ("rope_scaling", "rope_theta", "rope_parameters")
 FOLDER = "folder"
+BYTES = "bytes"
 
 
 class Table(BaseModel):
@@ -179,12 +181,10 @@ class MetricsTable(Table):
     tensorboard: Literal["auto", "on", "off"] = "auto"
 
 
-class DataTable(Table):
-    """What to train on. tokenizer: a folder with tokenizer.json, or "bytes"."""
+class DataTable(DataOptions):
+    """What to train on. tokenizer: a folder with tokenizer.json, or "bytes"; None: that of model.folder, or bytes."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    tokenizer: str | None = None
+    tokenizer: str | None = Field(default=None, min_length=1)
 
 
 class TrainConfig(Table):
@@ -322,7 +322,7 @@ def _as_config_error(error: ValidationError, raw: Mapping[str, Any]) -> ConfigEr
 def _siblings(path: Sequence[str]) -> Iterable[str]:
     """The keys of the table at `path`."""
     table: type[BaseModel] = TrainConfig
-    for part in path:
+    for part in (part for part in path if not part.isdigit()):
         kinds = [table.model_fields[part].annotation] if part in table.model_fields else []
         inner = [kind for kind in (*kinds, *getattr(kinds[0] if kinds else None, "__args__", ())) if _is_table(kind)]
         if not inner:

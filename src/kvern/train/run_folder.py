@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvern.errors import ConfigError, KvernError
+from kvern.train.checkpoint import complete
 from kvern.train.config import TrainConfig, load
 
 
@@ -51,8 +52,9 @@ class RunFolder:
         return self.path / "errors.log"
 
     def is_begun(self) -> bool:
-        """Whether it holds a run."""
-        return self.config.exists()
+        """Whether a step of a run was made here. A run that failed before its first step may be begun anew."""
+        trained = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return self.config.exists() and (trained or bool(complete(self.checkpoints)))
 
 
 class Claim:
@@ -80,7 +82,9 @@ def begin(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
                 f"{folder.path} holds a run already", hint="--resume auto goes on with it; or name another --out"
             )
         check_same(load(folder.config), config, folder.path)
-    elif foreign := [entry.name for entry in sorted(folder.path.iterdir()) if entry.name != ".lock"]:
+    elif not folder.config.exists() and (
+        foreign := [entry.name for entry in sorted(folder.path.iterdir()) if entry.name != ".lock"]
+    ):
         raise ConfigError(f"{folder.path} is not empty: it holds {foreign[0]}", hint="name a new folder as --out")
     part = folder.config.with_suffix(".part")
     part.write_text(config.toml(), encoding="utf-8")

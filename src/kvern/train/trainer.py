@@ -63,6 +63,7 @@ class Trainer:
         self.config, self.rows, self.ranks, self.checkpoints = config, rows, ranks, checkpoints
         self.batch_size = config.batch.schedule(ranks.data_size)
         self.learning_rate = config.learning_rate.schedule()
+        torch.manual_seed(config.seed)
         self.model = build_model(config, ranks)
         table = config.optimizer
         self.optimizer = AdamW(
