@@ -50,6 +50,7 @@ def test_block_runs(page: str, mark: str, body: str, tiny_folder: Path, tmp_path
     cache = tmp_path / "cache"
     (cache / "models").mkdir(parents=True)
     (tmp_path / "tiny").symlink_to(tiny_folder)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = {
         **os.environ,
         "KVERN_CACHE": str(cache),

@@ -21,6 +21,7 @@ from kvern.cli import main
 from kvern.train.checkpoint import complete, read_progress
 from kvern.train.metrics import read
 
+ROOT = Path(__file__).parents[2]
 TEXT = "def add(left, right):\n    return left + right\n\n\n"
 
 
@@ -131,3 +132,17 @@ def test_killed_at_any_moment_it_goes_on_bitwise(settings: Path, tmp_path: Path)
     assert len(rows(cut)) == begun + 3
     assert_same(cut, whole)
     assert not list((cut / "checkpoints").glob("*.part"))
+
+
+@pytest.mark.slow
+def test_the_smoke_run_finishes_and_learns(tmp_path: Path) -> None:
+    """The guide's first run, over this Python's own library."""
+    out, begin = tmp_path / "smoke", time.monotonic()
+    assert main(["train", str(ROOT / "configs/nano-smoke.toml"), "--out", str(out)]) == 0
+    assert time.monotonic() - begin < 180  # on two cores that do nothing else
+    found = list(read(out / "metrics.jsonl"))
+    assert [row["step"] for row in found] == list(range(1, 151))
+    assert found[0]["loss"] > 5.5
+    assert sum(row["loss"] for row in found[-15:]) / 15 < 2.7
+    assert found[-1]["load_max_over_mean"]["worst"] < 2
+    assert all(row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in found)
