@@ -32,6 +32,12 @@ int64_t byte_place(Order order, int64_t r, int64_t j) {
   return order != Order::kSingles ? 16 * (r / 4) + 8 * (j / 2) + 2 * (r % 4) + j % 2 : 16 * j + r;
 }
 
+// The same for row r, column j of a 4-bit tile, in nibbles. For pairs a row is a word of 32 bits, its even columns in the
+// lower half, so that one shift brings a pair to the lowest bits of both halves.
+int64_t nibble_place(Order order, int64_t r, int64_t j) {
+  return order != Order::kSingles ? 8 * r + j % 2 * 4 + j / 2 : 2 * (16 * (j % 4) + r) + j / 4;
+}
+
 float number_at(const Packing& task, int64_t row, int64_t column) {
   const int64_t at = row * task.stride + column;
   if (task.dtype != KVERN_F8_E4M3) return read_scalar(task.weight, task.dtype, at);
@@ -87,8 +93,9 @@ void pack_int4(const Packing& task, int64_t panel, uint8_t* tiles, int64_t strid
     const int64_t row = panel * kLanes + r;
     for (int64_t c = 0; c < task.k; ++c) {
       const uint32_t value = words[row * task.stride + c / 8] >> (4 * (c % 8)) & 15;
-      uint8_t& byte = tiles[c / 8 * stride + byte_place(task.order, r, c % 4)];
-      byte = static_cast<uint8_t>(c % 8 < 4 ? (byte & 0xf0) | value : (byte & 0x0f) | value << 4);
+      const int64_t place = nibble_place(task.order, r, c % 8);
+      uint8_t& byte = tiles[c / 8 * stride + place / 2];
+      byte = static_cast<uint8_t>(place % 2 ? (byte & 0x0f) | value << 4 : (byte & 0xf0) | value);
     }
     for (int64_t g = 0; g < task.k / task.group; ++g) scales[g * kLanes + r] = from[row * task.scale_stride + g];
   }

@@ -5,6 +5,9 @@
 // 16 x 8 for 4 bits). Panels lie in pairs, tile by tile in turn, and the pairs follow each other: a product reads one
 // stream, and has two independent sums to add to even with a single row of x. A last panel without a partner lies alone.
 //
+// Where there are BF16 pairs, a 4-bit tile has a word of 32 bits for each row: the even columns in its lower half, the odd
+// ones in its upper half. Shifted by 0, 4, 8 or 12 bits, the lowest bits of both halves are a pair.
+//
 // y[m] = sum over groups g of columns of scale[g] * (sum over k in g, in order, of W[:, k] x[m, k]) is summed in the same
 // order in every form of the kernels, so a row of y depends on its row of x alone, bit for bit: not on how many rows
 // are multiplied together, nor on the threads.
@@ -83,7 +86,7 @@ extern const PackedKernels kAvx2Packed;
 extern const PackedKernels kAvx512Packed;
 extern const PackedKernels kAvx512Bf16Packed;
 
-// What AMX does otherwise than kAvx512Bf16Packed: for BF16 and FP8 weights.
+// What AMX does otherwise than kAvx512Bf16Packed: for BF16, FP8 and 4-bit weights.
 struct TileKernels {
   int64_t group;
   void (*arrange)(const float* x, int64_t size, int64_t elements, int copies, int64_t columns, uint32_t* out);
@@ -91,6 +94,7 @@ struct TileKernels {
   void (*e4m3)(const Product&, int64_t first_panel, int64_t last_panel);
 };
 extern const TileKernels kAmxPacked;
+extern void (*const kAmxInt4)(const Product&, int64_t first_panel, int64_t last_panel);  // takes what kAmxPacked takes
 
 // Where the tiles of a panel lie: the first, and how many bytes further the next.
 struct Place {

@@ -29,23 +29,15 @@ inline void e4m3_to_bf16(__m512i codes, __m512i& first, __m512i& second) {
   second = _mm512_unpackhi_epi8(low, with_sign);
 }
 
-// 64 values - 8 from 64 bytes: of the low nibbles in step 0, of the high ones in step 1.
-inline void int4_to_bf16(__m512i bytes, int step, __m512i& first, __m512i& second) {
-  // BF16 of -8 .. 7: c100 c0e0 c0c0 c0a0 c080 c040 c000 bf80 | 0000 3f80 4000 4040 4080 40a0 40c0 40e0
-  const __m512i high_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(
-      static_cast<char>(0xc1), static_cast<char>(0xc0), static_cast<char>(0xc0), static_cast<char>(0xc0),
-      static_cast<char>(0xc0), static_cast<char>(0xc0), static_cast<char>(0xc0), static_cast<char>(0xbf), 0x00, 0x3f, 0x40,
-      0x40, 0x40, 0x40, 0x40, 0x40));
-  const __m512i low_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(
-      0x00, static_cast<char>(0xe0), static_cast<char>(0xc0), static_cast<char>(0xa0), static_cast<char>(0x80), 0x40, 0x00,
-      static_cast<char>(0x80), 0x00, static_cast<char>(0x80), 0x00, 0x40, static_cast<char>(0x80),
-      static_cast<char>(0xa0), static_cast<char>(0xc0), static_cast<char>(0xe0)));
-  const __m512i shifted = step ? _mm512_srli_epi16(bytes, 4) : bytes;
-  const __m512i nibbles = _mm512_and_si512(shifted, _mm512_set1_epi8(0x0f));
-  const __m512i high = _mm512_shuffle_epi8(high_bytes, nibbles);
-  const __m512i low = _mm512_shuffle_epi8(low_bytes, nibbles);
-  first = _mm512_unpacklo_epi8(low, high);
-  second = _mm512_unpackhi_epi8(low, high);
+// 32 of the 128 values - 8 in 64 bytes: the nibbles `i` of each 16 bits, i from 0 to 3. The table has its 16 numbers twice, so
+// that the fifth bit of an index does not count.
+template <int i>
+inline __m512i int4_pairs(__m512i words) {
+  const __m512i numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      static_cast<int16_t>(0xc100), static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc0c0),
+      static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc040),
+      static_cast<int16_t>(0xc000), static_cast<int16_t>(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+  return _mm512_permutexvar_epi16(i ? _mm512_srli_epi16(words, 4 * i) : words, numbers);
 }
 
 // What both forms of `V` share; they differ in what an element of x is.

@@ -37,13 +37,14 @@ struct E4m3Pairs : E4m3Kind {
 };
 
 struct Int4Pairs : Int4Kind {
-  static constexpr int steps = 2, registers = 2;
+  static constexpr int steps = 1, registers = 4;
   using Decoded = DecodedPairs;
-  static void decode(const uint8_t* tile, int step, __m512* w) {
-    __m512i first, second;
-    int4_to_bf16(_mm512_loadu_si512(tile), step, first, second);
-    w[0] = _mm512_castsi512_ps(first);
-    w[1] = _mm512_castsi512_ps(second);
+  static void decode(const uint8_t* tile, int, __m512* w) {
+    const __m512i words = _mm512_loadu_si512(tile);
+    w[0] = _mm512_castsi512_ps(int4_pairs<0>(words));
+    w[1] = _mm512_castsi512_ps(int4_pairs<1>(words));
+    w[2] = _mm512_castsi512_ps(int4_pairs<2>(words));
+    w[3] = _mm512_castsi512_ps(int4_pairs<3>(words));
   }
 };
 

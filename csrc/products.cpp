@@ -57,10 +57,13 @@ const PackedKernels& amx_kernels() {
   static const PackedKernels kernels = [] {
     PackedKernels table = kAvx512Bf16Packed;
     table.rows.arrange_tiles = kAmxPacked.arrange;
-    table.order[KVERN_BF16] = table.order[KVERN_F8_E4M3] = Order::kTiles;
-    table.group[KVERN_BF16] = table.group[KVERN_F8_E4M3] = kAmxPacked.group;
+    for (const int kind : {int{KVERN_BF16}, int{KVERN_F8_E4M3}, int{KVERN_INT4}}) {
+      table.order[kind] = Order::kTiles;
+      table.group[kind] = kAmxPacked.group;
+    }
     table.multiply[KVERN_BF16] = kAmxPacked.bf16;
     table.multiply[KVERN_F8_E4M3] = kAmxPacked.e4m3;
+    table.multiply[KVERN_INT4] = kAmxInt4;
     return table;
   }();
   return kernels;

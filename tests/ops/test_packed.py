@@ -78,6 +78,15 @@ def test_products_are_right_and_a_row_does_not_depend_on_the_others(
     assert torch.equal(packed.multiply(x[39:], case.weight, activations=activations), together[39:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_subnormal_numbers_count_alike_in_every_form(kind: Kind) -> None:
+    case = make(kind, 33, 256)
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1)) * 2.0**-125
+    together = packed.multiply(x, case.weight, activations=torch.bfloat16)
+    for rows in (1, 2, 3, 4, 5, 11):
+        assert torch.equal(packed.multiply(x[:rows], case.weight, activations=torch.bfloat16), together[:rows])
+
+
 @settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),

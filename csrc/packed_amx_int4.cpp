@@ -1,0 +1,230 @@
+// Packed products of 4-bit weights on CPUs with AMX, in two forms that give the same numbers, bit for bit.
+//
+// The order of additions is that of tdpbf16ps (see amx.h): of each 32 columns the even and the odd products apart, each in
+// order from zero, then their sum. With many columns of x the tiles do it. With few, the tiles would be nearly empty and
+// their sums, stored for each group to be scaled, as many: FP32 multiply-adds in the same order need 11.5 cycles for 64
+// bytes, little more than memory does. (vdpbf16ps begins every other cycle only.) What it gives up: subnormal numbers
+// count as zeros, as they do in tiles.
+#include <immintrin.h>
+
+#include "amx.h"
+#include "packed_avx512.h"
+
+namespace {
+
+constexpr int64_t kRows = 16;       // columns of x in a tile
+constexpr int64_t kSpan = 32;       // columns of W in a tile, of which 16 are even
+constexpr int64_t kSpanTiles = 4;   // stored
+constexpr int64_t kSpanBytes = 16 * kTileBytes;  // decoded
+constexpr int64_t kBlock = 128;     // columns of W decoded at a time
+constexpr int64_t kAhead = 32;      // stored tiles that memory is asked for before their turn
+constexpr int kFew = 3;             // up to so many columns of x are multiplied without tiles
+constexpr int kMostPanels = 4;
+
+struct Int4Words : Int4Kind {};
+
+// While one lives, subnormal numbers count as zeros.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
+
+const uint16_t* scales_of(const kvern_packed& w, int64_t panel, int64_t group) {
+  return static_cast<const uint16_t*>(w.scales) + (panel * (kvern::padded_k(w) / w.group) + group) * kLanes;
+}
+
+// even[p][m], odd[p][m] += a span of P panels times M columns; x of a column: 16 even numbers, 16 odd ones, `stride` apart.
+template <int P, int M>
+[[gnu::always_inline]] inline void add_span(const uint8_t* tile, int64_t stride, const float* x, int64_t x_stride,
+                                            __m512 (&even)[P][M], __m512 (&odd)[P][M]) {
+  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < kSpanTiles; ++t, tile += stride) {
+    __m512i words[P];
+    for (int p = 0; p < P; ++p) {
+      words[p] = _mm512_loadu_si512(tile + p * kTileBytes);
+      __builtin_prefetch(tile + kAhead * stride + p * kTileBytes, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      for (int p = 0; p < P; ++p) {
+        const __m512 a = _mm512_permutexvar_ps(i ? _mm512_srli_epi32(words[p], 4 * i) : words[p], numbers);
+        const __m512 b = _mm512_permutexvar_ps(_mm512_srli_epi32(words[p], 16 + 4 * i), numbers);
+        for (int m = 0; m < M; ++m) {
+          const float* at = x + m * x_stride + 4 * t + i;
+          even[p][m] = _mm512_fmadd_ps(a, _mm512_set1_ps(at[0]), even[p][m]);
+          odd[p][m] = _mm512_fmadd_ps(b, _mm512_set1_ps(at[16]), odd[p][m]);
+        }
+      }
+    }
+  }
+}
+
+template <int P, int M>
+void multiply_few_panels(const Product& task, int64_t first, const float* x) {
+  const kvern_packed& w = task.w;
+  const int64_t padded = kvern::padded_k(w), groups = padded / w.group;
+  const Tiles tiles = tiles_of<Int4Words>(w, first);
+  __m512 totals[P][M];
+  clear<Avx512Sums, P, M>(totals);
+  const uint8_t* tile = tiles.first;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512 sums[P][M];
+    clear<Avx512Sums, P, M>(sums);
+    for (int64_t done = 0; done < w.group; done += kSpan, tile += kSpanTiles * tiles.stride, x += kSpan) {
+      __m512 even[P][M], odd[P][M];
+      clear<Avx512Sums, P, M>(even);
+      clear<Avx512Sums, P, M>(odd);
+      add_span<P, M>(tile, tiles.stride, x, padded, even, odd);
+      for (int p = 0; p < P; ++p) {
+        for (int m = 0; m < M; ++m) sums[p][m] = _mm512_add_ps(sums[p][m], _mm512_add_ps(even[p][m], odd[p][m]));
+      }
+    }
+    for (int p = 0; p < P; ++p) {
+      const __m512 by = bf16_lanes(scales_of(w, first + p, g));
+      for (int m = 0; m < M; ++m) totals[p][m] = _mm512_fmadd_ps(sums[p][m], by, totals[p][m]);
+    }
+  }
+  alignas(64) float out[M * P * kLanes];
+  for (int p = 0; p < P; ++p) {
+    for (int m = 0; m < M; ++m) _mm512_store_ps(out + (m * P + p) * kLanes, totals[p][m]);
+  }
+  deliver<Avx512Sums>(task, first, P, out, P, 0, M);
+}
+
+// The columns of x in FP32, each span's even numbers before its odd ones.
+void widen(const Columns& x, float* out) {
+  for (int64_t c = 0; c < x.count; ++c) {
+    for (int64_t e = 0; e < x.elements; e += 16, out += kSpan) {
+      const __m512i pairs = _mm512_loadu_si512(x.data + e * x.group + c * kvern::kTileElements);
+      _mm512_store_si512(out, _mm512_slli_epi32(pairs, 16));
+      _mm512_store_si512(out + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    }
+  }
+}
+
+template <int M = kFew>
+void multiply_few(const Product& task, int64_t first, int64_t last, const float* x) {
+  if constexpr (M > 1) {
+    if (task.x.count < M) return multiply_few<M - 1>(task, first, last, x);
+  }
+  for (; first + 2 <= last; first += 2) multiply_few_panels<2, M>(task, first, x);
+  if (first < last) multiply_few_panels<1, M>(task, first, x);
+}
+
+// Many columns: kBlock columns of P panels are decoded once, into L1, and multiplied with each group of x in turn.
+struct Many {
+  const Product& task;
+  float* totals;  // [columns, P, 16]
+  alignas(64) uint8_t decoded[kMostPanels][kBlock / kSpan * kSpanBytes];
+  alignas(64) float sums[2][kRows * kLanes];
+
+  Many(const Product& the_task, float* memory) : task(the_task), totals(memory) {}  // leaves the arrays as they are
+
+  template <int P>
+  void decode(int64_t first, int64_t begin, int64_t count) {
+    constexpr int kTogether = P > 1 ? 2 : 1;
+    for (int p = 0; p < P; p += kTogether) {
+      const Tiles tiles = tiles_of<Int4Words>(task.w, first + p);
+      for (int64_t t = 0; t < count / Int4Words::depth; ++t) {
+        for (int beside = 0; beside < kTogether; ++beside) {
+          const uint8_t* tile = tiles.at(begin / Int4Words::depth + t) + beside * kTileBytes;
+          uint8_t* to = decoded[p + beside] + t * kSpanBytes / kSpanTiles;
+          const __m512i words = _mm512_loadu_si512(tile);
+          __builtin_prefetch(tile + kAhead * tiles.stride, 0, 2);
+          _mm512_store_si512(to, int4_pairs<0>(words));
+          _mm512_store_si512(to + kTileBytes, int4_pairs<1>(words));
+          _mm512_store_si512(to + 2 * kTileBytes, int4_pairs<2>(words));
+          _mm512_store_si512(to + 3 * kTileBytes, int4_pairs<3>(words));
+        }
+      }
+    }
+  }
+
+  // Columns [begin, begin + count) of W of the panel `first + p`, times M columns of x or fewer: those from `column` on.
+  template <int M>
+  void multiply(int64_t first, int p, int width, int64_t begin, int64_t count, int64_t column) {
+    const int64_t group = task.w.group;
+    const uint32_t* x = task.x.data + column * task.x.elements + begin / 2 * task.x.group;
+    const uint8_t* tile = decoded[p];
+    float* at = totals + (column * width + p) * kLanes;
+    __m512 total[M];
+    for (int m = 0; m < M; ++m) total[m] = _mm512_load_ps(at + m * width * kLanes);
+    for (int64_t done = 0, turn = 0; done < count; done += group, turn ^= 1) {
+      _tile_zero(0);
+      for (int64_t span = 0; span < group; span += kSpan, x += kSpan / 2 * task.x.group, tile += kSpanBytes) {
+        _tile_loadd(4, x, kTileBytes);
+        _tile_loadd(5, tile, kTileBytes);
+        _tile_dpbf16ps(0, 4, 5);
+      }
+      _tile_stored(0, sums[turn], kTileBytes);
+      const __m512 by = bf16_lanes(scales_of(task.w, first + p, (begin + done) / group));
+      for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(_mm512_load_ps(sums[turn] + m * kLanes), by, total[m]);
+    }
+    for (int m = 0; m < M; ++m) {
+      if (m < task.x.group) _mm512_store_ps(at + m * width * kLanes, total[m]);  // what follows belongs to the next group
+    }
+  }
+
+  template <int P, int M>
+  void panels(int64_t first) {
+    const int64_t padded = kvern::padded_k(task.w);
+    const int64_t columns = kvern::round_up(task.x.count, task.x.group) + kRows;
+    std::memset(totals, 0, static_cast<size_t>(columns * P * kLanes) * sizeof(float));
+    for (int64_t begin = 0; begin < padded; begin += kBlock) {
+      const int64_t count = least(kBlock, padded - begin);
+      decode<P>(first, begin, count);
+      kvern::finish_stores();
+      for (int64_t column = 0; column < task.x.count; column += task.x.group) {
+        for (int p = 0; p < P; ++p) multiply<M>(first, p, P, begin, count, column);
+      }
+    }
+    deliver<Avx512Sums>(task, first, P, totals, P, 0, task.x.count);
+  }
+
+  template <int M>
+  void all(int64_t first, int64_t last) {
+    for (; task.x.count > task.x.group && first + 4 <= last; first += 4) panels<4, M>(first);
+    for (; first + 2 <= last; first += 2) panels<2, M>(first);
+    if (first < last) panels<1, M>(first);
+  }
+};
+
+float* scratch(int64_t numbers) {
+  static thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < numbers + kLanes) memory.resize(static_cast<size_t>(numbers + kLanes));
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+[[gnu::noinline]] void multiply_columns(const Product& task, int64_t first, int64_t last) {
+  const Columns& x = task.x;
+  if (x.count <= kFew) {
+    float* wide = scratch(x.count * 2 * x.elements);
+    widen(x, wide);
+    return multiply_few(task, first, last, wide);
+  }
+  Many many(task, scratch((kvern::round_up(x.count, x.group) + kRows) * kMostPanels * kLanes));
+  const kvern::TileRows rows(static_cast<int>(x.group));
+  if (x.group <= kRows / 2) {
+    many.all<kRows / 2>(first, last);
+  } else {
+    many.all<kRows>(first, last);
+  }
+}
+
+void multiply_int4(const Product& task, int64_t first, int64_t last) {
+  const FlushSubnormals flush;
+  multiply_columns(task, first, last);
+}
+
+}  // namespace
+
+namespace kvern {
+void (*const kAmxInt4)(const Product&, int64_t, int64_t) = multiply_int4;
+}
