@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from kvern.checkpoint.floats import read_floats
 from kvern.checkpoint.header import TensorSpec
-from kvern.checkpoint.int4 import INT4_PARTS, INT4_WEIGHT, dequantize_int4
+from kvern.checkpoint.int4 import INT4_PARTS, INT4_WEIGHT
 from kvern.checkpoint.load import load
-from kvern.checkpoint.quantize import FP8, INT4_SCALE_SUFFIX, SCALE_SUFFIX, dequantize, fp8_scale_name
+from kvern.checkpoint.quantize import FP8, INT4_SCALE_SUFFIX, SCALE_SUFFIX
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import PlannedTensor
 from kvern.checkpoint.target import (
@@ -156,13 +157,7 @@ class FamilyPlan:
         return PlannedTensor(spec.name, spec.dtype, spec.shape, partial(self.reader.raw, spec.name))
 
     def _floats(self, spec: TensorSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight as numbers, however it is stored: `dtype` where it is quantised, otherwise as it is."""
-        stored = self.reader.tensor(spec.name)
-        if spec.dtype is FP8:
-            return dequantize(stored, self.reader.tensor(fp8_scale_name(self.reader, spec.name)), dtype)
-        if spec.name.endswith("." + INT4_WEIGHT):
-            return dequantize_int4(stored, self.reader.tensor(weight_name(spec.name) + INT4_SCALE_SUFFIX), dtype)
-        return stored
+        return read_floats(self.reader, spec.name, dtype)
 
     def _cast(self, spec: TensorSpec) -> PlannedTensor:
         dtype = self._float()

@@ -122,9 +122,9 @@ def _require_config(folder: Path) -> None:
         return
     if (folder / CONVERSION_FILE).is_file():
         raise CheckpointError(
-            "conversion was interrupted: the checkpoint is incomplete",
+            "conversion or export was interrupted: the checkpoint is incomplete",
             file=folder,
-            hint="run the same `kvern convert` again, it continues where it stopped",
+            hint="run the same command again, it continues where it stopped",
         )
     if not folder.is_dir():
         raise CheckpointError("no such folder", file=folder)

@@ -221,7 +221,7 @@ def _check_owner(dst: Path, record: dict[str, Any], force: bool) -> None:
         _check_record(dst, read_json(path), record, force)
     elif any(file != _part(path) for file in dst.iterdir()):
         raise CheckpointError(
-            "folder is not empty and was not written by `kvern convert`",
+            "folder is not empty and was not written by Kvern",
             file=dst,
             hint="choose another destination, or empty this folder yourself",
         )
@@ -234,7 +234,7 @@ def _check_record(dst: Path, begun: dict[str, Any], record: dict[str, Any], forc
     changed = [key for key in ("options", "source", "layout") if begun.get(key) != record[key]]
     if changed:
         raise CheckpointError(
-            f"holds a conversion {_difference(changed[0], begun, record)}",
+            f"holds a checkpoint {_difference(changed[0], begun, record)}",
             file=dst,
             hint="choose another destination, or start again with --force",
         )

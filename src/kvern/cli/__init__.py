@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "batch": ("kvern.cli.batch", "answer every request of a file"),
     "pull": ("kvern.cli.pull", "download a known model and verify it"),
     "train": ("kvern.cli.train", "train a model, on one machine or many"),
+    "train export": ("kvern.cli.train_export", "write what a run trained as a checkpoint"),
     "train plot": ("kvern.cli.train_plot", "draw the curves of training runs"),
     "convert": ("kvern.cli.convert", "convert or import a model into a V3 checkpoint"),
     "bench": ("kvern.cli.bench", "measure the engine here, or any server"),

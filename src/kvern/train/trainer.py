@@ -19,7 +19,6 @@ from typing import Protocol
 
 import torch
 
-from kvern.checkpoint.load import load
 from kvern.data.row_stream import Row
 from kvern.errors import ConfigError, TrainingError
 from kvern.model import Transformer
@@ -34,6 +33,7 @@ from kvern.train.model import initialise, make_trainable
 from kvern.train.optim import AdamW, parameter_groups
 from kvern.train.parallelize import parallelize
 from kvern.train.recompute import recompute
+from kvern.train.start import open_masters
 from kvern.train.step import Learner, StepResult, StepSettings
 
 
@@ -206,9 +206,7 @@ def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
         model = Transformer(config.architecture(), device="cpu", activation_dtype=dtype)
         initialise(model, torch.Generator().manual_seed(config.seed), config.initial_std)
     else:
-        model = load(config.folder, dtype=torch.float32, activation_dtype=dtype, mtp=True)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.float32, copy=True)
+        model = open_masters(config.folder, activation_dtype=dtype)
     make_trainable(model, config.precision.recipe())
     recompute(model, config.recompute.activations)
     model.to(ranks.device)
