@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Sequence
 
@@ -27,7 +28,7 @@ def renameable(function: Function) -> tuple[str, ...]:
         return ()
     stored = {child.id for child in inner if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)}
     arguments = {child.arg for child in inner if isinstance(child, ast.arg)} - {"self", "cls"}
-    mentioned = (function.docstring or "").split()
+    mentioned = set(re.findall(r"\w+", function.docstring or ""))
     names = [name for name in sorted(stored | arguments) if len(name) >= SHORTEST and name not in mentioned]
     return tuple(name for name in names if len(_places(function, name)) > 1)
 

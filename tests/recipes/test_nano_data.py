@@ -34,19 +34,6 @@ V31_TEMPLATE = (
 """The published template, as far as it goes: it leaves definitions of tools to the client."""
 
 
-@pytest.fixture(scope="module")
-def trained() -> tokenizers.Tokenizer:
-    text = Path(os.__file__).read_text(encoding="utf-8")
-    return nano_tokenizer.train([text], 700)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(trained: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    nano_tokenizer.write(trained, folder, 2048)
-    return Tokenizer.load(folder)
-
-
 def module(name: str) -> str:
     return "".join(
         f"def {name}_number_{number}(argument):\n    return {name}_{number} + argument\n" for number in range(20)
