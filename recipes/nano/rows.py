@@ -46,8 +46,9 @@ def write(rows: Iterable[Row], path: Path) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
-            if len(json.dumps(row["messages"])) + len(json.dumps(row.get("tools", ()))) > LONGEST:
+            line = json.dumps(row, ensure_ascii=False)
+            if len(line) > LONGEST:
                 continue
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(line + "\n")
             count += 1
     return count

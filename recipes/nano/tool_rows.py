@@ -40,10 +40,10 @@ VALUES = (
 )
 
 
-def tool_rows(world: World, count: int = ROWS) -> Iterator[Row]:
-    """`count` rows."""
+def tool_rows(world: World, count: int = ROWS, first: int = 0) -> Iterator[Row]:
+    """`count` rows, numbered from `first`: from ROWS on, none was trained on."""
     known = [skill for skill in map(_of_function, world.functions) if skill is not None]
-    for number in range(count):
+    for number in range(first, first + count):
         rng = seeded("tools", number)
         kind = rng.random()
         if kind < 0.1:
