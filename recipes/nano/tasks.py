@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from kvern.errors import ContextLengthError
 from kvern.llm import LLM
 from kvern.text.conversation import Conversation
-from kvern.text.messages import Message, Tool, ToolCall
+from kvern.text.messages import Completion, Message, Tool, ToolCall
 from recipes.nano.code_rows import name_it, rename_function, rename_it, strip_it
 from recipes.nano.functions import Function
 from recipes.nano.rows import Row, seeded
@@ -84,12 +83,10 @@ def _tools(llm: LLM, rows: Iterable[Row]) -> list[Score]:
     return [Score("call the right tool", asked, called, first[0]), Score("tell its result", asked, told, first[1])]
 
 
-def _answer(llm: LLM, chat: Conversation) -> Any:
+def _answer(llm: LLM, chat: Conversation) -> Completion | None:
     """None where the question does not fit into the window."""
-    try:
-        return llm.chat(chat, temperature=0.0, max_tokens=ANSWER)
-    except ContextLengthError:
-        return None
+    room = llm.max_context - len(llm.encode_chat(chat)[0])
+    return llm.chat(chat, temperature=0.0, max_tokens=min(ANSWER, room)) if room > 0 else None
 
 
 def _tool(value: dict[str, Any]) -> Tool:
