@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from kvern.train.rows import row_stream
 
 from kvern.checkpoint.progress import progress_bar
 from kvern.train import config as configs
@@ -23,7 +22,8 @@ from kvern.train.checkpoint import Checkpoints
 from kvern.train.config import TrainConfig
 from kvern.train.flops import peak
 from kvern.train.mesh import MeshOptions, Ranks, start
-from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, keep_until
+from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, Sink, keep_until
+from kvern.train.rows import row_stream
 from kvern.train.run_folder import Claim, RunFolder, begin
 from kvern.train.trainer import Outcome, Trainer
 from recipes.nano.phases import Phases
@@ -33,10 +33,16 @@ CONFIG, ANNEAL = Path("configs/nano.toml"), Path("configs/nano-anneal.toml")
 
 
 def train(
-    out: Path, *, like: Dense | None = None, overrides: Sequence[str] = (), resume: bool = False, anneal: Path = ANNEAL
+    out: Path,
+    *,
+    like: Dense | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    first: Path = CONFIG,
+    anneal: Path = ANNEAL,
 ) -> Outcome:
     """Train to the end or until a signal; raises KvernError as `kvern train` does."""
-    raw = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
+    raw = tomllib.loads(first.read_text(encoding="utf-8"))
     later = tomllib.loads(anneal.read_text(encoding="utf-8"))
     if like is not None:
         raw["model"] = dense(raw["model"], like)
@@ -60,7 +66,7 @@ def _run(config: TrainConfig, folder: RunFolder, ranks: Ranks, rows: Phases, sta
     trainer.resume()
     limit = peak(ranks.device, config.precision.activation_dtype)
     keep_until(folder.metrics, trainer.progress.step)
-    sinks = [MetricsFile(folder.metrics), ProgressLine(config.steps, config.tokens, limit.source)]
+    sinks: list[Sink] = [MetricsFile(folder.metrics), ProgressLine(config.steps, config.tokens, limit.source)]
     with Metrics(sinks) as metrics:
         return trainer.run(metrics, limit)
 

@@ -100,7 +100,9 @@ def test_every_token_but_the_first_counts_once(count: int) -> None:
 def test_bits_per_byte_of_a_model_that_knows_nothing(trained: tokenizers.Tokenizer, tmp_path: Path) -> None:
     config = replace(tiny_config(), vocab_size=VOCABULARY)
     model = tiny_model(config)
-    torch.nn.init.zeros_(model.lm_head.weight)
+    head = model.lm_head.weight
+    assert head is not None
+    torch.nn.init.zeros_(head)
     save_model(model, tmp_path / "zero", config=config, files=nano_tokenizer.files(trained, 256))
     text = "def add(a, b):\n    return a + b\n" * 40
     cost = cost_of(tmp_path / "zero", [Document("library", "a.py", text), Document("docs", "a.rst", "Hello.")], 64)
