@@ -76,6 +76,34 @@ int kvern_paged_latent_attention(void* out, const void* q, int dtype, int64_t qu
 int kvern_encode_latents(uint8_t* records, int64_t stride, const float* latents, int64_t count, int64_t rank, int64_t rope);
 int kvern_decode_latents(float* latents, const uint8_t* records, int64_t stride, int64_t count, int64_t rank, int64_t rope);
 
+/* Parts of a training step that are not products, and their gradients; dtype F32 or BF16, computed in FP32. Optional: a
+ * caller looks them up, for libraries of the same KVERN_ABI may lack them.
+ *   rms_norm  y [rows, size] = x inverse weight, inverse [rows] = 1 / sqrt(mean(x^2) + eps); rows of x `stride` apart. Backward:
+ *             dw [parts, size], zeros before, gets the sums of as many parts of the rows
+ *   swiglu    y [rows, size] = gate sigmoid(gate) up; rows of gate and up `stride` apart, of dgate and dup `dstride`
+ *   rotate    y [tokens, heads, pairs, 2] = x times rotation [tokens, pairs, 2] as complex numbers, or times its conjugate (back)
+ *   combine   out [tokens, size] = sum over k of weights [tokens, k] (NULL: ones) rows[places [tokens, k]], 0 <= places < tokens k,
+ *             each once
+ *   cross_entropy  losses [rows] of logits [rows, columns], which become softmax - onehot(target) where `gradient`; a negative
+ *             target has neither
+ *   adamw     m += (g - m) first;  v = v second + g^2 (1 - second);  p = p decay - rate m / (sqrt(v correction) + eps); m, v in dtype */
+int kvern_rms_norm(void* y, float* inverse, const void* x, int64_t stride, const float* weight, int dtype, int64_t rows, int64_t size,
+                   float eps);
+int kvern_rms_norm_backward(void* dx, float* dw, int64_t parts, const void* dy, const void* x, int64_t stride, const float* weight,
+                            const float* inverse, int dtype, int64_t rows, int64_t size);
+int kvern_swiglu(void* y, const void* gate, const void* up, int64_t stride, int dtype, int64_t rows, int64_t size);
+int kvern_swiglu_backward(void* dgate, void* dup, int64_t dstride, const void* dy, const void* gate, const void* up, int64_t stride,
+                          int dtype, int64_t rows, int64_t size);
+int kvern_rotate(void* y, const void* x, int64_t token_stride, int64_t head_stride, const float* rotation, int back, int dtype,
+                 int64_t tokens, int64_t heads, int64_t pairs);
+int kvern_combine(void* out, const void* rows, const float* weights, const int64_t* places, int dtype, int64_t tokens, int64_t k,
+                  int64_t size);
+int kvern_combine_backward(void* drows, float* dweights, const void* dy, const void* rows, const float* weights, const int64_t* places,
+                           int dtype, int64_t tokens, int64_t k, int64_t size);
+int kvern_cross_entropy(float* losses, void* logits, const int64_t* targets, int gradient, int dtype, int64_t rows, int64_t columns);
+int kvern_adamw(float* parameter, const float* gradient, void* mean, void* square, int dtype, int64_t count, float first, float second,
+                float decay, float rate, float correction, float eps);
+
 /* Causal attention over keys and values rebuilt from the latents (MLA, expanded), softmax in FP32:
  *   out[t, h] = sum_c p[c] * kv[c, h, nope:],   p = softmax over c <= context - tokens + t of q[t, h] . k[c, h] * scale,
  *   k[c, h] = (kv[c, h, :nope], rope[c])

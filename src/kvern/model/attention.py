@@ -62,6 +62,8 @@ class Attention(nn.Module):
         query: what `q_b_proj` (or `q_proj`) multiplies.
         """
         q_THN, q_THP = self._queries(query, rotation_TF)
+        if batch.cache is None and batch.form is MLAForm.EXPANDED and torch.is_grad_enabled():
+            return self._documents(q_THN, q_THP, latent_TD, batch).flatten(1)
         cache = batch.cache or BatchLatents()
         cache.extend(self.layer, latent_TD)
         absorbed, expanded = split_forms(self.config, batch)
@@ -70,6 +72,14 @@ class Attention(nn.Module):
         else:
             out_THV = self._mixed(q_THN, q_THP, absorbed, expanded, cache, batch)
         return out_THV.flatten(1)
+
+    def _documents(self, q_THN: Tensor, q_THP: Tensor, latent_TD: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, H, V] of whole documents, in training: keys and values of all of them in one product."""
+        config = self.config
+        c_TR, key_TP = torch.split(latent_TD, [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(c_TR).view(len(c_TR), config.num_attention_heads, -1)
+        q_THK = torch.cat([q_THN, q_THP], dim=-1)
+        return ops.document_attention(q_THK, kv, key_TP, batch.query_starts, config.softmax_scale)
 
     def _mixed(
         self,

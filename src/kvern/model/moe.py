@@ -73,7 +73,7 @@ class MoE(nn.Module):
         weights_TK, experts_TK = self.gate(x_TE)
         order_R = experts_TK.flatten().argsort(stable=True)
         counts = experts_TK.flatten().bincount(minlength=len(self.gate.weight)).tolist()
-        rows_RE = self.experts(x_TE[order_R // experts_TK.shape[1]], counts)
+        rows_RE = self.experts(ops.expert_rows(x_TE, order_R, experts_TK.shape[1]), counts)
         out_TE = ops.combine_experts(rows_RE, weights_TK, order_R, counts)
         if hasattr(self, "shared_experts"):
             out_TE = out_TE + self.shared_experts(x_TE)

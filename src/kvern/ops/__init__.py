@@ -13,6 +13,7 @@ from kvern.ops import (
     reference_int4,
     reference_latent8,
     reference_sampling,
+    training,
     triton_backends,
 )
 from kvern.ops.dispatch import Op
@@ -21,17 +22,20 @@ from kvern.ops.fp8_linear import fp8_linear as fp8_linear
 from kvern.ops.fp8_linear import scaled_product as scaled_product
 from kvern.ops.grouped_linear import fp8_grouped_linear as fp8_grouped_linear
 from kvern.ops.grouped_linear import grouped_linear as grouped_linear
+from kvern.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
-linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"))
+linear = Op("linear", reference.linear, native.backends("linear") | triton_backends.backends("linear"), training.linear)
 dequantize = Op("dequantize", reference.dequantize, native.backends("dequantize"))
 quantize_blocks = Op("quantize_blocks", reference.quantize_blocks)
 linear_int4 = Op("linear_int4", reference_int4.linear_int4)
 dequantize_int4 = Op("dequantize_int4", reference_int4.dequantize_int4)
 grouped_experts = Op("grouped_experts", reference_experts.grouped_experts, triton_backends.backends("grouped_experts"))
-combine_experts = Op("combine_experts", reference_experts.combine_experts)
-rms_norm = Op("rms_norm", reference.rms_norm)
-apply_rope = Op("apply_rope", reference.apply_rope)
-swiglu = Op("swiglu", reference.swiglu)
+expert_rows = Op("expert_rows", reference_experts.expert_rows, training=training.expert_rows)
+combine_experts = Op("combine_experts", reference_experts.combine_experts, training=training.combine_experts)
+rms_norm = Op("rms_norm", reference.rms_norm, training=training.rms_norm)
+apply_rope = Op("apply_rope", reference.apply_rope, training=training.apply_rope)
+swiglu = Op("swiglu", reference.swiglu, training=training.swiglu)
+swiglu_halves = Op("swiglu_halves", reference.swiglu_halves, training=training.swiglu_halves)
 route = Op("route", reference.route)
 latent_attention = Op("latent_attention", reference.latent_attention)
 paged_latent_attention = Op(
@@ -40,6 +44,7 @@ paged_latent_attention = Op(
     native.backends("paged_latent_attention") | triton_backends.backends("paged_latent_attention"),
 )
 expanded_attention = Op("expanded_attention", reference.expanded_attention, native.backends("expanded_attention"))
+document_attention = Op("document_attention", reference.document_attention, training=training.document_attention)
 causal_attention = Op("causal_attention", reference.causal_attention)
 encode_latents = Op("encode_latents", reference_latent8.encode_latents, native.backends("encode_latents"))
 decode_latents = Op("decode_latents", reference_latent8.decode_latents, native.backends("decode_latents"))
@@ -53,14 +58,17 @@ ALL = (
     linear_int4,
     dequantize_int4,
     grouped_experts,
+    expert_rows,
     combine_experts,
     rms_norm,
     apply_rope,
     swiglu,
+    swiglu_halves,
     route,
     latent_attention,
     paged_latent_attention,
     expanded_attention,
+    document_attention,
     causal_attention,
     encode_latents,
     decode_latents,

@@ -7,6 +7,10 @@ without rows costs nothing and has a gradient of zeros. In FP8 the rows are quan
 projections of a stack (gate and up); weights are quantised by projection, with the borders of blocks where a checkpoint
 has them.
 
+oneDNN, which multiplies BF16 on CPUs, compiles a kernel for each number of rows it meets, in 5 to 10 ms: longer than
+the product takes. So there a product takes some more rows than the expert has, to one of eight sizes an octave. The
+superfluous results lie in the rows of the next expert, whose own product overwrites them; for Wgrad they are zeros.
+
 What it gives up: second derivatives; on a GPU, one launch for all experts. A tensorwise recipe scales the rows of all
 experts together.
 """
@@ -18,6 +22,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -54,7 +59,7 @@ class _GroupedProduct(torch.autograd.Function):
         dense = weight.to(x.dtype)
         out = x.new_empty(len(x), weight.shape[1])
         for expert, rows in spans(counts):
-            torch.mm(x[rows], dense[expert].T, out=out[rows])
+            _product(x, rows, dense[expert].T, out)
         ctx.save_for_backward(x, dense)
         ctx.counts, ctx.dtype = counts, weight.dtype
         return out
@@ -67,9 +72,10 @@ class _GroupedProduct(torch.autograd.Function):
         dw = torch.empty_like(dense, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         for expert, rows in spans(ctx.counts):
             if dx is not None:
-                torch.mm(dy[rows], dense[expert], out=dx[rows])
+                _product(dy, rows, dense[expert], dx)
             if dw is not None:
-                dw[expert] = dy[rows].T @ x[rows]
+                left, right = _tail(dy, rows), _window(x, rows)
+                dw[expert] = left.T @ right
         if dw is not None:
             _forget_idle(dw, ctx.counts)
         return dx, dw, None
@@ -114,6 +120,40 @@ class _Fp8GroupedProduct(torch.autograd.Function):
         if dw is not None:
             _forget_idle(dw, ctx.counts)
         return None if dx is None else dx.to(ctx.dtypes[0]), dw, None, None, None
+
+
+def whole_size(rows: int) -> int:
+    """`rows`, rounded up to 16 or to one of eight sizes an octave: at most an eighth more."""
+    step = max(16, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def _product(x: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
+    """out[rows] = x[rows] @ weight. What lies behind `rows` in `out` may be overwritten: go from first rows to last."""
+    left = _window(x, rows)
+    end = rows.start + len(left)
+    if end <= len(out):
+        torch.mm(left, weight, out=out[rows.start : end])
+    else:
+        out[rows] = (left @ weight)[: rows.stop - rows.start]
+
+
+def _window(x: Tensor, rows: slice) -> Tensor:
+    """x[rows] and, where whole sizes pay, what is behind them; zeros behind the last row of all."""
+    size = rows.stop - rows.start
+    if x.dtype is torch.bfloat16 and not x.is_cuda:
+        size = whole_size(size)
+    end = rows.start + size
+    return x[rows.start : end] if end <= len(x) else F.pad(x[rows.start :], (0, 0, 0, end - len(x)))
+
+
+def _tail(x: Tensor, rows: slice) -> Tensor:
+    """`_window` with zeros behind `rows`."""
+    window = _window(x, rows)
+    count = rows.stop - rows.start
+    if len(window) == count:
+        return window
+    return F.pad(x[rows], (0, 0, 0, len(window) - count))
 
 
 def _columns(outputs: int, projections: int) -> list[slice]:

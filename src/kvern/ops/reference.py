@@ -8,6 +8,9 @@ Shape letters: T tokens (queries), C context rows, H heads, D latent_dim, K key 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +84,12 @@ def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
+
+
+def swiglu_halves(x: Tensor) -> Tensor:
+    """`swiglu` of the two halves of x [R, 2 I]: gate, then up."""
+    gate, up = x.chunk(2, dim=-1)
+    return swiglu(gate, up)
 
 
 def route(
@@ -192,6 +201,15 @@ def expanded_attention(q: Tensor, kv: Tensor, rope: Tensor, scale: float) -> Ten
     key, value = torch.tensor_split(kv, [q.shape[2] - shared], dim=2)
     k = torch.cat([key, rope[:, None].expand(-1, kv.shape[1], -1)], dim=2)
     return causal_attention(q, k, value, scale)
+
+
+def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float) -> Tensor:
+    """`expanded_attention` [T, H, V] within each document: q [T, H, N + P], kv [T, H, N + V], rope [T, P].
+
+    starts: where documents begin, and T.
+    """
+    spans = [slice(first, last) for first, last in pairwise(starts)]
+    return torch.cat([expanded_attention(q[span], kv[span], rope[span], scale) for span in spans])
 
 
 def _visible(tokens: int, context: int, device: torch.device) -> Tensor:

@@ -49,6 +49,11 @@ def grouped_experts(
     return out
 
 
+def expert_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """The rows of x [T, D] that experts see: [T top_k, D], row r that of token order[r] // top_k."""
+    return x[order // top_k]
+
+
 def combine_experts(rows: Tensor, weights: Tensor, order: Tensor, counts: Sequence[int]) -> Tensor:
     """Add up what experts made of each token: rows [R, D], sorted by expert, weights [T, K], R = T K; returns [T, D].
 

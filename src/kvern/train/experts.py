@@ -52,12 +52,12 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RE: Tensor, counts: Sequence[int]) -> Tensor:
         """x [R, hidden], sorted by expert, the first counts[0] of expert 0 -> [R, hidden]."""
-        gate_RI, up_RI = self._product(x_RE, self.gate_up_proj, counts, 2).chunk(2, dim=-1)
-        return self._product(self.activate(gate_RI, up_RI), self.down_proj, counts, 1)
+        inner_RI = self.activate(self._product(x_RE, self.gate_up_proj, counts, 2))
+        return self._product(inner_RI, self.down_proj, counts, 1)
 
-    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+    def activate(self, gate_up: Tensor) -> Tensor:
         """What the down-projections multiply."""
-        return ops.swiglu(gate, up)
+        return ops.swiglu_halves(gate_up)
 
     def separate(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name under `prefix`, view), in the order in which separate experts are named."""

@@ -9,7 +9,7 @@ MTP continues from the hidden state after `model.norm`, as transformers, Megatro
 before it (`norm_first=False`), as torchtitan and llama.cpp do; DeepSeek has not said which. Deeper layers continue from
 their predecessor's state on the same side of `shared_head.norm`.
 
-What it gives up: logits are computed twice, some rows at a time, so that no [T, vocab_size] waits for the backward.
+Logits exist for some rows at a time and never wait for the backward pass (see `ops.linear_cross_entropy`).
 Source: DeepSeek-V3 technical report, eq. 17-25 and section 4.2.
 """
 
@@ -19,18 +19,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kvern.errors import ConfigError
 from kvern.model import MLAForm, Transformer
 from kvern.model.mtp import MTPLayer
 from kvern.train.balance import ALPHA, Routing, RoutingLog, sequence_balance_loss
 from kvern.train.packed_rows import IGNORED, PackedRows
-
-LOGIT_ROWS = 1024
-"""Rows whose logits are held at a time: 0.5 GiB in float32 at V3's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +108,10 @@ def training_loss(
 def token_loss(model: Transformer, hidden_TE: Tensor, targets_T: Tensor) -> Tensor:
     """Sum of the cross entropies of `targets` [T] over the head's logits of `hidden` [T, hidden], float32 scalar."""
     wanted = targets_T != IGNORED
-    total = torch.zeros((), device=hidden_TE.device)
-    parts = zip(*(torch.split(part[wanted], LOGIT_ROWS) for part in (hidden_TE, targets_T)), strict=True)
-    for hidden_LE, targets_L in parts:
-        loss = checkpoint(_cross_entropy, model, hidden_LE, targets_L, use_reentrant=False, preserve_rng_state=False)
-        total = total + loss
-    return total
-
-
-def _cross_entropy(model: Transformer, hidden_LE: Tensor, targets_L: Tensor) -> Tensor:
-    return F.cross_entropy(model.logits(hidden_LE), targets_L, reduction="sum")
+    if 2 * int(wanted.sum()) < len(targets_T):
+        hidden_TE, targets_T = hidden_TE[wanted], targets_T[wanted]
+    loss: Tensor = model.lm_head(hidden_TE, targets_T)
+    return loss
 
 
 def _mtp_losses(

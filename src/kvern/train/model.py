@@ -40,6 +40,21 @@ class Fp8Linear(Linear):
         return ops.fp8_linear(x, self.weight, self.bias, self.recipe)
 
 
+class LossHead(Linear):
+    """The head: logits, or with targets the sum of their cross entropies, for which no logits are kept."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__(linear.inputs, linear.outputs, torch.float32, "meta")
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x [L, in] -> [L, out] in x.dtype; with targets [L] int64, negative ones ignored, a float32 scalar."""
+        if targets is None:
+            return super().forward(x)
+        assert self.weight is not None
+        return ops.linear_cross_entropy(x, self.weight, targets)
+
+
 def make_trainable(model: Transformer, recipe: Fp8Recipe | None = None) -> None:
     """Prepare `model`, whose parameters are float32, for training: with Linears in FP8 where `recipe` is given.
 
@@ -54,6 +69,7 @@ def make_trainable(model: Transformer, recipe: Fp8Recipe | None = None) -> None:
                 f"{name} is stored in {stored}, and training needs float32 masters",
                 hint="build the model with torch_dtype float32 and without quantization_config",
             )
+    model.lm_head = LossHead(model.lm_head)
     for layer in model.model.layers:
         if isinstance(layer, MTPLayer):
             layer.embed_tokens, layer.shared_head.head = model.model.embed_tokens, model.lm_head

@@ -7,7 +7,7 @@ A step computes in FP32 and rounds the moments when it stores them, so they take
 b2 = 0.95 that leaves v within 8 % of where it would settle: farther off, a step is over half of BF16's spacing.
 b1 0.9, b2 0.95, weight decay 0.1 and a norm of at most 1.0 are the report's; eps 1e-8, and no decay on norms and
 biases, are ours, for it says neither. An expert without a token has a gradient of zeros, not none: a step is the same
-however the batch is split. What it gives up: one call for each parameter instead of a fused one.
+however the batch is split. On the CPU's kernels a step is one pass over memory; elsewhere it is about ten.
 Source: DeepSeek-V3 technical report, sections 3.3.3 and 4.2.
 """
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from kvern.errors import ConfigError, TrainingError
+from kvern.ops import native_training
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -75,6 +76,8 @@ class AdamW(Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=self.moments)
         state["step"] += 1
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
+        if self._update_natively(parameter, gradient, group):
+            return
         mean = state["exp_avg"].float().lerp_(gradient, 1 - first)
         square = state["exp_avg_sq"].float().mul_(second).addcmul_(gradient, gradient, value=1 - second)
         state["exp_avg"].copy_(mean)
@@ -82,6 +85,16 @@ class AdamW(Optimizer):
         below = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(mean, below, value=-group["lr"] / (1 - first ** state["step"]))
+
+    def _update_natively(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> bool:
+        """The same in one pass over memory, where the kernels take the tensors (of a sharded one, this rank's)."""
+        state = self.state[parameter]
+        p, g, mean, square = (local(t.detach()) for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"]))
+        if not (native_training.takes(p, g, mean, square) and all(t.is_contiguous() for t in (p, g, mean, square))):
+            return False
+        rates = group["lr"], group["weight_decay"], group["eps"]
+        native_training.adamw(p, g, mean, square, group["betas"], state["step"], *rates)
+        return True
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:

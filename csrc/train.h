@@ -1,0 +1,73 @@
+// The loops of a training step that are not products: norms, SwiGLU, rotations, adding up experts, cross entropy, AdamW.
+// Numbers are read and stored in `dtype` (F32 or BF16, rounded to nearest even) and computed in FP32.
+#pragma once
+
+#include <cstdint>
+
+namespace kvern {
+
+struct NormTask {
+  const void *x, *dy;  // x [rows, size], rows x_stride apart; dy [rows, size] dense
+  void* out;           // y, or dx: [rows, size] dense
+  const float* weight;
+  float *inverse, *dw;  // inverse [rows]: 1 / sqrt(mean(x^2) + eps); dw [size]: added to
+  int64_t x_stride, size;
+  float eps;
+};
+
+struct GluTask {
+  const void *gate, *up, *dy;  // gate, up: rows `stride` apart; dy [rows, size] dense
+  void *out, *dgate, *dup;     // out [rows, size] dense; dgate, dup: rows dstride apart
+  int64_t stride, dstride, size;
+};
+
+struct RopeTask {
+  const void* x;          // token and head strides in numbers
+  void* out;              // [tokens, heads, 2 pairs] dense
+  const float* rotation;  // [tokens, pairs, 2]: real and imaginary part
+  int64_t token_stride, head_stride, heads, pairs;
+  float sign;  // -1: turn back
+};
+
+struct CombineTask {
+  const void *rows, *dy;   // rows [tokens * k, size]; dy [tokens, size]
+  void *out, *drows;       // out [tokens, size]; drows [tokens * k, size]
+  const float* weights;    // [tokens, k]; nullptr: ones
+  float* dweights;         // [tokens, k]
+  const int64_t* places;   // [tokens, k]: which row
+  int64_t k, size;
+};
+
+struct EntropyTask {
+  void* logits;            // [rows, columns]; becomes the gradient where one is wanted
+  const int64_t* targets;  // [rows]; negative: no loss, a gradient of zeros
+  float* losses;           // [rows]
+  int64_t columns;
+  bool gradient;
+};
+
+struct AdamTask {
+  float* parameter;
+  const float* gradient;
+  void *mean, *square;
+  float first, second, decay, rate, correction, eps;  // see kvern_adamw
+};
+
+// Each over rows (tokens, numbers) [begin, end), for both dtypes: [0] F32, [1] BF16.
+struct TrainKernels {
+  void (*norm[2])(const NormTask&, int64_t begin, int64_t end);
+  void (*norm_back[2])(const NormTask&, int64_t begin, int64_t end);
+  void (*glu[2])(const GluTask&, int64_t begin, int64_t end);
+  void (*glu_back[2])(const GluTask&, int64_t begin, int64_t end);
+  void (*rope[2])(const RopeTask&, int64_t begin, int64_t end);
+  void (*combine[2])(const CombineTask&, int64_t begin, int64_t end);
+  void (*combine_back[2])(const CombineTask&, int64_t begin, int64_t end);
+  void (*entropy[2])(const EntropyTask&, int64_t begin, int64_t end);
+  void (*adam[2])(const AdamTask&, int64_t begin, int64_t end);
+};
+
+extern const TrainKernels kScalarTrain;
+extern const TrainKernels kAvx2Train;
+extern const TrainKernels kAvx512Train;
+
+}  // namespace kvern

@@ -1,0 +1,5 @@
+#include "train_body.h"
+
+namespace kvern {
+const TrainKernels kAvx512Train = kTrainKernels;
+}
