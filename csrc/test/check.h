@@ -51,3 +51,4 @@ inline void close(double actual, double expected, double bound, const char* what
 
 void check_packed();
 void check_sample();
+void check_train();

@@ -244,6 +244,7 @@ void check_all() {
   }
   check_packed();
   check_sample();
+  check_train();
 }
 
 }  // namespace

@@ -1,0 +1,139 @@
+// The loops of a training step in buffers of exactly their size, against their formulas.
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+#include "check.h"
+
+namespace {
+
+constexpr int64_t kRows = 37, kSize = 45, kTopK = 3;
+
+double at(const std::vector<uint8_t>& bytes, int dtype, int64_t index) { return read_scalar(bytes.data(), dtype, index); }
+double step_of(int dtype) { return dtype == KVERN_BF16 ? 1e3 : 1; }  // `close` in units of 1e-5
+
+std::vector<float> weights_of(Random& random, int64_t count) {
+  std::vector<float> weights(static_cast<size_t>(count));
+  for (float& w : weights) w = random.number();
+  return weights;
+}
+
+void check_norm(Random& random, int dtype) {
+  const auto x = random.stored(kRows * kSize, dtype), dy = random.stored(kRows * kSize, dtype);
+  const auto weight = weights_of(random, kSize);
+  auto y = x, dx = x;
+  std::vector<float> inverse(kRows), dw(static_cast<size_t>(4 * kSize));
+  require(kvern_rms_norm(y.data(), inverse.data(), x.data(), kSize, weight.data(), dtype, kRows, kSize, 1e-6f) == KVERN_OK, "norm");
+  require(kvern_rms_norm_backward(dx.data(), dw.data(), 4, dy.data(), x.data(), kSize, weight.data(), inverse.data(), dtype, kRows,
+                                  kSize) == KVERN_OK,
+          "norm's gradient");
+  double first = 0;
+  for (int64_t r = 0; r < kRows; ++r) {
+    double sum = 0;
+    for (int64_t i = 0; i < kSize; ++i) sum += at(x, dtype, r * kSize + i) * at(x, dtype, r * kSize + i);
+    const double by = 1 / std::sqrt(sum / kSize + 1e-6);
+    close(at(y, dtype, r * kSize), at(x, dtype, r * kSize) * by * weight[0], 10 * step_of(dtype), "y");
+    first += at(dy, dtype, r * kSize) * at(x, dtype, r * kSize) * by;
+  }
+  close(dw[0] + dw[kSize] + dw[2 * kSize] + dw[3 * kSize], first, 100, "dw");
+  require(kvern_rms_norm(y.data(), inverse.data(), x.data(), kSize - 1, weight.data(), dtype, kRows, kSize, 0) == KVERN_BAD_ARGUMENT,
+          "rows that overlap");
+}
+
+void check_swiglu(Random& random, int dtype) {
+  const auto x = random.stored(kRows * 2 * kSize, dtype), dy = random.stored(kRows * kSize, dtype);
+  auto y = dy, dx = x;
+  const int64_t half = kSize * (dtype == KVERN_F32 ? 4 : 2);
+  require(kvern_swiglu(y.data(), x.data(), x.data() + half, 2 * kSize, dtype, kRows, kSize) == KVERN_OK, "swiglu");
+  require(kvern_swiglu_backward(dx.data(), dx.data() + half, 2 * kSize, dy.data(), x.data(), x.data() + half, 2 * kSize, dtype, kRows,
+                                kSize) == KVERN_OK,
+          "swiglu's gradient");
+  for (int64_t r = 0; r < kRows; ++r) {
+    const double gate = at(x, dtype, 2 * r * kSize), up = at(x, dtype, (2 * r + 1) * kSize), s = 1 / (1 + std::exp(-gate));
+    close(at(y, dtype, r * kSize), gate * s * up, 10 * step_of(dtype), "swiglu");
+    close(at(dx, dtype, (2 * r + 1) * kSize), at(dy, dtype, r * kSize) * gate * s, 10 * step_of(dtype), "dup");
+  }
+}
+
+void check_rotate(Random& random, int dtype) {
+  const int64_t heads = 3, pairs = 5;
+  const auto x = random.stored(kRows * heads * pairs * 2, dtype);
+  auto turned = x, back = x;
+  std::vector<float> rotation(static_cast<size_t>(kRows * pairs * 2));
+  for (size_t i = 0; i < rotation.size(); i += 2) {
+    const float angle = random.number();
+    rotation[i] = std::cos(angle), rotation[i + 1] = std::sin(angle);
+  }
+  const int64_t stride = heads * pairs * 2;
+  for (const auto& [to, from, is_back] : {std::tuple{&turned, &x, 0}, std::tuple{&back, &turned, 1}}) {
+    require(kvern_rotate(to->data(), from->data(), stride, pairs * 2, rotation.data(), is_back, dtype, kRows, heads, pairs) == KVERN_OK,
+            "rotate");
+  }
+  for (int64_t i = 0; i < kRows * stride; ++i) close(at(back, dtype, i), at(x, dtype, i), 10 * step_of(dtype), "there and back");
+}
+
+void check_combine(Random& random, int dtype) {
+  const auto rows = random.stored(kRows * kTopK * kSize, dtype), dy = random.stored(kRows * kSize, dtype);
+  const auto weights = weights_of(random, kRows * kTopK);
+  std::vector<int64_t> places(static_cast<size_t>(kRows * kTopK));
+  std::iota(places.begin(), places.end(), 0);
+  std::shuffle(places.begin(), places.end(), random.engine);
+  auto out = dy, drows = rows;
+  std::vector<float> dweights(weights.size());
+  require(kvern_combine(out.data(), rows.data(), weights.data(), places.data(), dtype, kRows, kTopK, kSize) == KVERN_OK, "combine");
+  require(kvern_combine(out.data(), rows.data(), nullptr, places.data(), dtype, kRows, kTopK, kSize) == KVERN_OK, "combine ones");
+  require(kvern_combine_backward(drows.data(), dweights.data(), dy.data(), rows.data(), weights.data(), places.data(), dtype, kRows,
+                                 kTopK, kSize) == KVERN_OK,
+          "combine's gradient");
+  for (int64_t t = 0; t < kRows; ++t) {
+    double sum = 0;
+    for (int64_t k = 0; k < kTopK; ++k) sum += at(rows, dtype, places[static_cast<size_t>(t * kTopK + k)] * kSize);
+    close(at(out, dtype, t * kSize), sum, 10 * step_of(dtype), "combine");
+  }
+}
+
+void check_entropy(Random& random, int dtype) {
+  auto logits = random.stored(kRows * kSize, dtype);
+  const auto before = logits;
+  std::vector<int64_t> targets(kRows, 7);
+  targets[2] = -100;
+  std::vector<float> losses(kRows);
+  require(kvern_cross_entropy(losses.data(), logits.data(), targets.data(), 1, dtype, kRows, kSize) == KVERN_OK, "cross entropy");
+  for (int64_t r = 0; r < kRows; ++r) {
+    double sum = 0;
+    for (int64_t i = 0; i < kSize; ++i) sum += std::exp(at(before, dtype, r * kSize + i));
+    const bool counts = r != 2;
+    const double loss = std::log(sum) - at(before, dtype, r * kSize + 7), slope = std::exp(at(before, dtype, r * kSize + 7)) / sum - 1;
+    close(losses[static_cast<size_t>(r)], counts ? loss : 0, 10, "loss");
+    close(at(logits, dtype, r * kSize + 7), counts ? slope : 0, 10 * step_of(dtype), "slope");
+  }
+  targets[5] = kSize;
+  require(kvern_cross_entropy(losses.data(), logits.data(), targets.data(), 1, dtype, kRows, kSize) == KVERN_BAD_ARGUMENT, "target");
+}
+
+void check_adamw(Random& random, int dtype) {
+  const int64_t count = 40001;
+  auto parameter = weights_of(random, count), before = parameter, gradient = weights_of(random, count);
+  std::vector<uint8_t> mean(static_cast<size_t>(count) * (dtype == KVERN_F32 ? 4 : 2)), square = mean;
+  require(kvern_adamw(parameter.data(), gradient.data(), mean.data(), square.data(), dtype, count, 0.1f, 0.95f, 0.9f, 0.1f, 20.0f, 1e-8f) ==
+              KVERN_OK,
+          "adamw");
+  for (int64_t i = 0; i < count; i += 1000) {
+    const double sign = gradient[static_cast<size_t>(i)] < 0 ? -1 : 1;
+    close(parameter[static_cast<size_t>(i)], before[static_cast<size_t>(i)] * 0.9 - 0.1 * 0.1 * sign, 10, "adamw");
+  }
+}
+
+}  // namespace
+
+void check_train() {
+  Random random;
+  for (const int dtype : {KVERN_F32, KVERN_BF16}) {
+    check_norm(random, dtype);
+    check_swiglu(random, dtype);
+    check_rotate(random, dtype);
+    check_combine(random, dtype);
+    check_entropy(random, dtype);
+    check_adamw(random, dtype);
+  }
+}
