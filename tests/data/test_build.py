@@ -204,8 +204,10 @@ def test_files_are_made_once_and_anew_when_something_changed(corpus: Path, text:
     assert changed.train(32, 1).fingerprint != first.fingerprint
     build(given.model_copy(update={"fim_rate": 0.2}), text, data)
     other = Tokenizer(text.tokenizer._definition, {**text.tokenizer.config, "add_bos_token": True})
-    build(given, TextSide(other), data)
+    build(given, TextSide(other, text.template), data)
     assert len(modified(data)) == 6
+    build(given, TextSide(text.tokenizer, ChatTemplate(f"{CHATML} ", text.tokenizer)), data)
+    assert len(modified(data)) == 8
 
 
 @pytest.mark.parametrize("which", ["train", "held-out"])
