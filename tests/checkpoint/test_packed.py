@@ -25,7 +25,7 @@ from kvern.checkpoint.convert import convert
 from kvern.checkpoint.load import load
 from kvern.checkpoint.packed import FOOTER, MAGIC, packed_transformer
 from kvern.errors import CheckpointError, KvernError
-from kvern.model import ForwardBatch, PackedTransformer
+from kvern.model import ForwardBatch, MLAForm, PackedTransformer
 from kvern.model.packed import PackedNow
 from kvern.ops import packed
 
@@ -102,10 +102,15 @@ def test_the_first_use_writes_and_the_second_maps(
     assert not leftovers(folder)
 
 
-def kinds(folder: Path) -> set[packed.Kind]:
+def kept(folder: Path) -> dict[str, Any]:
     data = bin_of(folder).read_bytes()
     start, length, _ = FOOTER.unpack(data[-FOOTER.size :])
-    return {packed.Kind(entry["kind"]) for entry in json.loads(data[start : start + length])["weights"].values()}
+    weights: dict[str, Any] = json.loads(data[start : start + length])["weights"]
+    return weights
+
+
+def kinds(folder: Path) -> set[packed.Kind]:
+    return {packed.Kind(entry["kind"]) for entry in kept(folder).values()}
 
 
 def test_4_bit_weights_come_back_as_they_were(tiny_bf16: Path, tmp_path: Path) -> None:
@@ -115,6 +120,20 @@ def test_4_bit_weights_come_back_as_they_were(tiny_bf16: Path, tmp_path: Path) -
     assert packed.Kind.INT4 in kinds(folder)
     assert torch.equal(first, second)
     assert torch.equal(first, logits(in_memory(folder)))
+
+
+@torch.no_grad()
+def test_the_heads_of_kv_b_stay_4_bit_where_they_are_not_turned(tiny_bf16: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "int4"
+    convert(tiny_bf16, folder, dtype="int4", group_size=32)
+    model = load(folder, activation_dtype=torch.float32)
+    for form in MLAForm:
+        batch = ForwardBatch.of(IDS, form=form)
+        got = packed_transformer(model, folder)(batch)
+        torch.testing.assert_close(got, model(batch).float(), rtol=1e-3, atol=1e-3)
+    entries, head = kept(folder), "model.layers.0.self_attn.kv_b_proj"
+    wanted = {"values": packed.Kind.INT4, "keys": packed.Kind.INT4, "absorb": packed.Kind.F32}
+    assert {part: entries[f"{head}.{part}.0"]["kind"] for part in wanted} == wanted
 
 
 def test_selections_come_back_as_they_were(tiny_tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
