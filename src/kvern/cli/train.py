@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kvern.errors import KvernError
 
@@ -61,10 +62,12 @@ def run(args: argparse.Namespace) -> int:
             begin(folder, config, resume=args.resume is not None)
         ranks.barrier()
         outcome = _train(config, folder, ranks, stack)
-    if outcome.signal is None:
-        return 0
-    _say(ranks, f"stopped by {outcome.signal.name} after step {outcome.progress.step}; --resume auto goes on")
-    return 128 + outcome.signal
+    if outcome.signal is not None:
+        _say(ranks, f"stopped by {outcome.signal.name} after step {outcome.progress.step}; --resume auto goes on")
+    code = 0 if outcome.signal is None else 128 + outcome.signal
+    if ranks.world > 1:
+        _leave(code)
+    return code
 
 
 def _train(config: TrainConfig, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Outcome:
@@ -96,6 +99,13 @@ def _train(config: TrainConfig, folder: RunFolder, ranks: Ranks, stack: ExitStac
                 with folder.errors.open("a", encoding="utf-8") as log:
                     log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {error.message}\n")
             raise
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process past torch's exit, which now and then aborts one that has talked over gloo, when all is done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _use_threads(count: int | None, ranks: Ranks) -> None:

@@ -44,13 +44,12 @@ def launch(world: int, function: str, folder: Path, expert: int = 1, seconds: fl
         )
         for environment in environments(world)
     ]
-    outputs = []
     try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=seconds)[0])
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     failed = [(rank, output) for rank, output in enumerate(outputs) if processes[rank].returncode]
     assert not failed, "\n".join(f"rank {rank}:\n{output}" for rank, output in failed)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

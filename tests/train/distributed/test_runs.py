@@ -59,6 +59,7 @@ def test_two_processes_train_and_one_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_any_number_of_processes_goes_on_with_what_four_began(tmp_path: Path) -> None:
     ranks = check(4, 2, tmp_path)
     begun = sum(row["batch"] for row in ranks[0]["begun"].metrics)
@@ -73,6 +74,7 @@ def test_any_number_of_processes_goes_on_with_what_four_began(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_four_processes_go_on_with_what_one_began(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
