@@ -40,14 +40,15 @@ bool has_avx512() {
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Leaf 7 tells of the tiles, XCR0 that the system keeps them; Linux lets a process use them when it asks, once.
+// Leaf 7 tells of the tiles and of products with bit matrices, XCR0 that the system keeps them; Linux lets a process use them when it asks, once.
 bool has_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kTileBits = 1u << 22 | 1u << 24;  // amx-bf16, amx-tile
+  constexpr unsigned kBitMatrices = 1u << 8;           // gfni
   constexpr unsigned kTileState = 1u << 17 | 1u << 18;
   constexpr long kAskForState = 0x1023, kTileData = 18;
   unsigned a, b, c, d, low, high;
-  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileBits) != kTileBits) return false;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileBits) != kTileBits || !(c & kBitMatrices)) return false;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #else

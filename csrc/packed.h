@@ -52,6 +52,7 @@ struct Product {
   const kvern_packed& w;
   Columns x;
   Output out;
+  const void* next = nullptr;  // tiles that the thread is going to read afterwards, where that is known
 };
 
 // How elements of x look and lie for a kind of weight: FP32, pairs of BF16, or these sixteen to a column (tiles).

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "amx.h"
+#include "packed_amx_few.h"
 #include "packed_avx512.h"
 #include "rows_body.h"
 
@@ -15,21 +16,41 @@ namespace {
 using kvern::kMostSums;
 
 constexpr int64_t kRows = 16;                     // columns of x in a tile
-constexpr int64_t kSpan = 32;                     // columns of W in a tile
-constexpr int64_t kAhead = 256;                   // columns that memory is asked for before their turn
+constexpr int64_t kAheadColumns = 256;            // that memory is asked for before their turn
 
 struct Bf16Tiles : Bf16Kind {};
 
-struct E4m3Tiles : E4m3Kind {
-  static constexpr bool is_decoded = true;
+// E4M3 to BF16 by two look-ups of 64 bytes instead of 128, which the port of the tile unit has to share. An index is a code
+// without bit 6, and with bit 5 set where bit 6 is: all that the low byte depends on, since the numbers that are not
+// normal have neither. The high byte lacks 4 for bit 6 and 2 for bit 5. NaNs are never packed as E4M3 and come out as 480.
+struct Halves {
+  alignas(64) uint8_t high[64];
+  alignas(64) uint8_t low[64];
+
+  constexpr Halves() : high(), low() {
+    for (int at = 0; at < 64; ++at) {
+      high[at] = static_cast<uint8_t>(kE4m3Bytes.high[at] - (at & 0x20 ? 2 : 0));
+      low[at] = kE4m3Bytes.low[at];
+    }
+  }
 };
 
-inline void decode_tile(const uint8_t* tile, uint8_t* to) {
-  __m512i first, second;
-  e4m3_to_bf16(_mm512_loadu_si512(tile), first, second);
-  _mm512_store_si512(to, first);
-  _mm512_store_si512(to + kTileBytes, second);
-}
+constexpr Halves kHalves;
+
+struct E4m3Tiles : E4m3Kind {
+  static constexpr bool is_decoded = true;
+
+  static void decode_tile(const uint8_t* tile, uint8_t* to) {
+    const __m512i codes = _mm512_loadu_si512(tile), shifted = _mm512_srli_epi16(codes, 1);
+    const __m512i at = _mm512_ternarylogic_epi32(codes, shifted, _mm512_set1_epi8(0x20), 0xf8);  // codes | (shifted & 0x20)
+    const __m512i low = _mm512_permutexvar_epi8(at, _mm512_load_si512(kHalves.low));
+    // A matrix of bits: bit 7 stays, bits 6 and 5 become bits 2 and 1.
+    const __m512i rest = _mm512_gf2p8affine_epi64_epi8(codes, _mm512_set1_epi64(0x0020400000000080), 0);
+    const __m512i high = _mm512_add_epi8(_mm512_permutexvar_epi8(at, _mm512_load_si512(kHalves.high)), rest);
+    _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_store_si512(to + kTileBytes, _mm512_unpackhi_epi8(low, high));
+  }
+};
 
 template <class K>
 struct Amx {
@@ -63,8 +84,8 @@ struct Amx {
       const uint8_t* tile = stored(task.w, first + p, begin / K::depth, stride);
       for (int64_t t = 0; t < count / K::depth; ++t, tile += stride) {
         for (int beside = 0; beside < kTogether; ++beside) {
-          decode_tile(tile + beside * kTileBytes, decoded[p + beside] + t * 2 * kTileBytes);
-          __builtin_prefetch(tile + beside * kTileBytes + kAhead / K::depth * stride, 0, 2);
+          K::decode_tile(tile + beside * kTileBytes, decoded[p + beside] + t * 2 * kTileBytes);
+          __builtin_prefetch(tile + beside * kTileBytes + kAheadColumns / K::depth * stride, 0, 2);
         }
       }
     }
@@ -156,15 +177,17 @@ void arrange_tiles(const float* x, int64_t size, int64_t elements, int copies, i
 
 template <class K>
 void multiply_tiles(const Product& task, int64_t first, int64_t last) {
+  if (task.x.count <= task.x.group) {
+    const kvern::TileRows rows(static_cast<int>(task.x.group));
+    return FewColumns<K>(task).run(first, last);
+  }
   static thread_local std::vector<float> memory;
   const auto numbers = static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kMostSums * kLanes + kLanes);
   if (memory.size() < numbers) memory.resize(numbers);
   auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   const kvern::TileRows rows(static_cast<int>(task.x.group));
   Amx<K> amx(task, aligned);
-  // Few columns wait for memory, which is fastest as a single stream; many for the loads of their tiles.
-  const bool is_wide = task.x.count > task.x.group;
-  for (; is_wide && first + 4 <= last; first += 4) amx.template panels<4>(first);
+  for (; first + 4 <= last; first += 4) amx.template panels<4>(first);
   for (; first + 2 <= last; first += 2) amx.template panels<2>(first);
   if (first < last) amx.template panels<1>(first);
 }

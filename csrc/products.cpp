@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kArenaBytes = 1 << 20;
 constexpr int64_t kChunkBytes = 96 * 1024;  // of weights: 3 to 6 microseconds of memory traffic
-constexpr int64_t kStreamBytes = 32 * 1024; // less, and memory is still fetching ahead for the last when the next begins
-constexpr int64_t kChunksEach = 4;          // chunks for each thread
+constexpr int64_t kMostBytes = 1 << 20;     // that a thread claims at a time
+constexpr int64_t kClaimsEach = 2;          // a claim is what is left, shared between so many claims for each thread
 constexpr int64_t kChunkPanels = 2;         // panels lie in pairs
 
 void multiply_picks(const Product& product, const Source& source, int64_t first, int64_t last) {
@@ -30,14 +30,24 @@ void multiply_picks(const Product& product, const Source& source, int64_t first,
   }
 }
 
-void run_chunk(const Product& product, const Source& source, int64_t first, int64_t last) {
+// `next`: the tiles that the thread goes on with.
+void run_chunk(Product product, const Source& source, int64_t first, int64_t last, const void* next) {
   if (product.w.kind == KVERN_PICKS) return multiply_picks(product, source, first, last);
+  product.next = next;
   packed_kernels().multiply[product.w.kind](product, first, last);
 }
 
 int64_t panel_bytes(const kvern_packed& w) {
   return w.kind == KVERN_PICKS ? kLanes * 8 : kvern_packed_bytes(w.kind, kLanes, w.k);
 }
+
+// `first` is even.
+const void* tiles_at(const kvern_packed& w, int64_t first) {
+  return w.kind == KVERN_PICKS ? nullptr : static_cast<const uint8_t*>(w.tiles) + first * panel_bytes(w);
+}
+
+// Large claims first, so that a thread reads one stream, and small ones last, so that all threads end together.
+int64_t claim_of(int64_t left, int64_t least) { return std::max(least, left / (kClaimsEach * threads())); }
 
 int64_t chunk_panels(int64_t bytes) { return std::max<int64_t>(1, kChunkBytes / bytes / kChunkPanels) * kChunkPanels; }
 
@@ -166,14 +176,38 @@ void Products::add(const kvern_packed& w, const Arrangement& x, const Output& ou
 }
 
 void Products::run() {
+  std::vector<size_t> starts;  // of claims
+  int64_t left = 0, room = 0;
+  for (const Chunk& chunk : chunks_) left += chunk.bytes();
+  for (size_t i = 0; i < chunks_.size(); ++i) {
+    if (room <= 0) {
+      starts.push_back(i);
+      room = std::min(claim_of(left, 0), kMostBytes);
+    }
+    room -= chunks_[i].bytes();
+    left -= chunks_[i].bytes();
+  }
+  const Work work{chunks_, starts};
   parallel_for(
-      static_cast<int64_t>(chunks_.size()),
-      [](const void* context, int64_t index) {
-        const Chunk& chunk = (*static_cast<const std::vector<Chunk>*>(context))[static_cast<size_t>(index)];
-        run_chunk(chunk.product, chunk.source, chunk.first, chunk.last);
-      },
-      &chunks_);
+      static_cast<int64_t>(starts.size()),
+      [](const void* context, int64_t claim) { static_cast<const Work*>(context)->run(static_cast<size_t>(claim)); }, &work);
   chunks_.clear();
+}
+
+int64_t Products::Chunk::bytes() const { return (last - first) * panel_bytes(product.w); }
+
+const void* Products::Work::tiles(size_t chunk) const {
+  return chunk < chunks.size() ? tiles_at(chunks[chunk].product.w, chunks[chunk].first) : nullptr;
+}
+
+// The claim behind the last chunk is most likely another thread's, so this one goes on further behind.
+void Products::Work::run(size_t claim) const {
+  const auto start_of = [&](size_t at) { return at < starts.size() ? starts[at] : chunks.size(); };
+  const size_t end = start_of(claim + 1), then = start_of(claim + static_cast<size_t>(threads()));
+  for (size_t i = starts[claim]; i < end; ++i) {
+    const Chunk& chunk = chunks[i];
+    run_chunk(chunk.product, chunk.source, chunk.first, chunk.last, tiles(i + 1 < end ? i + 1 : then));
+  }
 }
 
 void Sequence::add(const kvern_packed& w, const Arrangement& x, const Output& out) {
@@ -186,24 +220,25 @@ int64_t Sequence::bytes() const {
   return sum;
 }
 
-// A chunk reads kStreamBytes of each weight in one go, or less where every thread would not get some chunks then.
 void Sequence::run() const {
   if (links_.empty()) return;
-  const kvern_packed& w = links_[0].product.w;
-  const int64_t most = panels(w) / (kChunksEach * threads());
-  const int64_t step = std::clamp<int64_t>(kStreamBytes / panel_bytes(w), 1, std::max<int64_t>(1, most));
-  struct Work {
-    const std::vector<Link>& links;
-    int64_t all, step;
-  } work{links_, panels(w), round_up(step, kChunkPanels)};
+  std::vector<int64_t> starts;  // of claims, in panels
+  const int64_t all = panels(links_[0].product.w);
+  for (int64_t first = 0; first < all; first += round_up(claim_of(all - first, 1), kChunkPanels)) starts.push_back(first);
+  const Work work{links_, starts, all};
   parallel_for(
-      (work.all + work.step - 1) / work.step,
-      [](const void* context, int64_t index) {
-        const auto& mine = *static_cast<const Work*>(context);
-        const int64_t first = index * mine.step, last = std::min(first + mine.step, mine.all);
-        for (const Link& link : mine.links) run_chunk(link.product, link.source, first, last);
-      },
-      &work);
+      static_cast<int64_t>(starts.size()),
+      [](const void* context, int64_t claim) { static_cast<const Work*>(context)->run(static_cast<size_t>(claim)); }, &work);
+}
+
+void Sequence::Work::run(size_t claim) const {
+  const auto start_of = [&](size_t at) { return at < starts.size() ? starts[at] : all; };
+  const int64_t first = starts[claim], last = start_of(claim + 1), then = start_of(claim + static_cast<size_t>(threads()));
+  for (size_t i = 0; i < links.size(); ++i) {
+    const bool is_last = i + 1 == links.size();
+    const void* next = is_last ? (then < all ? tiles_at(links[0].product.w, then) : nullptr) : tiles_at(links[i + 1].product.w, first);
+    run_chunk(links[i].product, links[i].source, first, last, next);
+  }
 }
 
 }  // namespace kvern

@@ -69,6 +69,13 @@ class Products {
     Product product;
     Source source;  // for picks
     int64_t first, last;
+    int64_t bytes() const;
+  };
+  struct Work {
+    const std::vector<Chunk>& chunks;
+    const std::vector<size_t>& starts;  // chunks from which a thread claims
+    void run(size_t claim) const;
+    const void* tiles(size_t chunk) const;
   };
   std::vector<Chunk> chunks_;
   int64_t bytes_ = 0;
@@ -85,6 +92,12 @@ class Sequence {
   struct Link {
     Product product;
     Source source;
+  };
+  struct Work {
+    const std::vector<Link>& links;
+    const std::vector<int64_t>& starts;  // panels
+    int64_t all;
+    void run(size_t claim) const;
   };
   std::vector<Link> links_;
 };
