@@ -1,6 +1,7 @@
 # make serve   set up, fetch the default model once, serve it on http://127.0.0.1:8000
 # make test    set up and run the test suite
 # make check   formatting, lints, types, layers       make slow   the long tests       make bench   the benchmarks
+# make nano    train the model that ships with Kvern, from its data to the package (hours on two cores)
 # make sanitize   the kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs cmake, g++)
 #
 # PYTHON       the interpreter to build the environment with (3.11 or newer)
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: serve test slow check bench sanitize clean
+.PHONY: serve test slow check bench nano sanitize clean
 
 serve: $(VENV)/installed
 	$(BIN)/kvern pull $(MODEL)
@@ -39,6 +40,13 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.decode
+
+nano: $(VENV)/installed-dev
+	$(BIN)/python -m recipes.nano data
+	$(BIN)/python -m recipes.nano train --out runs/nano --resume auto
+	$(BIN)/kvern train export runs/nano runs/nano-fp8 --dtype fp8
+	$(BIN)/python -m recipes.nano measure runs/nano-fp8 --json runs/nano.json
+	$(BIN)/python -m recipes.nano bundle runs/nano-fp8
 
 sanitize:
 	for kind in address,undefined thread; do \
