@@ -2,9 +2,9 @@
 
     python -m bench.train [--dtypes bf16,f32] [--pairs 5] [--rows 8] [--length 512] [--json]
 
-A step is forward, backward, clipping and AdamW over the same rows, each one document, on the CPU's threads. Without MTP
-and balance losses, which transformers does not train; `--balanced` gives Kvern its balance loss and bias update all the
-same. What a dtype means:
+A step is forward, backward, clipping and AdamW over rows of random tokens, each one document, on the CPU's threads;
+every step has new rows, the same for all. Without MTP and balance losses, which transformers does not train;
+`--balanced` gives Kvern its balance loss and bias update all the same. What a dtype means:
 
 - `bf16`: Kvern has FP32 masters and gradients, BF16 activations, BF16 moments. transformers is measured twice, in the
   two usual ways: `autocast` (FP32 parameters under torch.autocast) and `weights` (parameters, gradients and moments all
@@ -44,8 +44,8 @@ from kvern.train.packed_rows import PackedRows
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 
-Step = Callable[[], float]
-"""One step; its loss."""
+Step = Callable[[Tensor], float]
+"""One step over the rows [B, T] of a batch; its loss."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,15 @@ def fresh_model(dtype: torch.dtype) -> Transformer:
     return model
 
 
-def kvern_step(ids_BT: Tensor, dtype: torch.dtype, balanced: bool) -> Step:
-    """Kvern's step over the rows of `ids`."""
+def kvern_step(dtype: torch.dtype, balanced: bool) -> Step:
+    """Kvern's step."""
     model = fresh_model(dtype)
     named = dict(model.named_parameters())
     optimizer = AdamW(parameter_groups(model, DECAY), RATE, betas=BETAS, moments=dtype)
     log, balancer = (RoutingLog(model), LoadBalancer(model)) if balanced else (None, None)
-    rows = PackedRows.of(*ids_BT.tolist())
 
-    def step() -> float:
-        losses = training_loss(model, rows, log)
+    def step(ids_BT: Tensor) -> float:
+        losses = training_loss(model, PackedRows.of(*ids_BT.tolist()), log)
         torch.autograd.backward(losses.total)
         clip_gradients(named, CLIP)
         optimizer.step()
@@ -119,7 +118,7 @@ def kvern_step(ids_BT: Tensor, dtype: torch.dtype, balanced: bool) -> Step:
     return step
 
 
-def transformers_step(ids_BT: Tensor, dtype: torch.dtype, weights: torch.dtype, experts: str) -> Step:
+def transformers_step(dtype: torch.dtype, weights: torch.dtype, experts: str) -> Step:
     """transformers' step with the same weights: parameters in `weights`, computed in `dtype`."""
     model = transformers_model(experts).to(weights)
     parameters = list(model.parameters())
@@ -129,7 +128,7 @@ def transformers_step(ids_BT: Tensor, dtype: torch.dtype, weights: torch.dtype, 
     ]
     optimizer = torch.optim.AdamW(groups, RATE, betas=BETAS, eps=1e-8, fused=True)
 
-    def step() -> float:
+    def step(ids_BT: Tensor) -> float:
         with torch.autocast("cpu", dtype, enabled=weights is not dtype):
             loss: Tensor = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         torch.autograd.backward(loss)
@@ -188,16 +187,17 @@ def peak(dtype: torch.dtype, size: int = 3072) -> float:
 def measure(name: str, args: argparse.Namespace) -> list[Row]:
     """Kvern and each peer of one dtype, step by step in turn."""
     dtype = DTYPES[name]
-    ids_BT = torch.randint(0, config().vocab_size, (args.rows, args.length), generator=torch.Generator().manual_seed(1))
     ways = {"autocast": torch.float32, "weights": dtype} if name == "bf16" else {"weights": dtype}
-    ours = kvern_step(ids_BT, dtype, args.balanced)
-    peers = {way: transformers_step(ids_BT, dtype, weights, args.experts) for way, weights in ways.items()}
+    ours = kvern_step(dtype, args.balanced)
+    peers = {way: transformers_step(dtype, weights, args.experts) for way, weights in ways.items()}
     losses = dict.fromkeys(("kvern", *peers), 0.0)
     times: dict[str, list[float]] = {way: [] for way in losses}
+    generator = torch.Generator().manual_seed(1)
     for index in range(args.pairs + args.warmup):
+        ids_BT = torch.randint(0, config().vocab_size, (args.rows, args.length), generator=generator)
         for way, step in {"kvern": ours, **peers}.items():
             start = time.perf_counter()
-            losses[way] = step()
+            losses[way] = step(ids_BT)
             if index >= args.warmup:
                 times[way].append(time.perf_counter() - start)
     tokens, share = ids_BT.numel(), flops_per_token(args.length) / peak(dtype)

@@ -128,6 +128,11 @@ def whole_size(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def row_count(x: Tensor) -> int:
+    """Rows with which a product over those of x is best computed: as many, or a whole size."""
+    return whole_size(len(x)) if x.dtype is torch.bfloat16 and not x.is_cuda else len(x)
+
+
 def _product(x: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
     """out[rows] = x[rows] @ weight. What lies behind `rows` in `out` may be overwritten: go from first rows to last."""
     left = _window(x, rows)
@@ -140,10 +145,7 @@ def _product(x: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
 
 def _window(x: Tensor, rows: slice) -> Tensor:
     """x[rows] and, where whole sizes pay, what is behind them; zeros behind the last row of all."""
-    size = rows.stop - rows.start
-    if x.dtype is torch.bfloat16 and not x.is_cuda:
-        size = whole_size(size)
-    end = rows.start + size
+    end = rows.start + row_count(x[rows])
     return x[rows.start : end] if end <= len(x) else F.pad(x[rows.start :], (0, 0, 0, end - len(x)))
 
 

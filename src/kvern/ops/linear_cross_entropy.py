@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvern.ops import native_training as native
+from kvern.ops.grouped_linear import row_count
 
 ROWS = 1024
 """Rows whose logits are held at a time: 0.5 GiB in float32 at V3's vocabulary."""
@@ -42,12 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for first in range(0, len(hidden), rows):
             chosen = slice(first, first + rows)
-            logits = F.linear(hidden[chosen], dense)
-            loss += _cross_entropy(logits, targets[chosen], gradient=wants_hidden or wants_weight)
+            h, wanted = _whole(hidden[chosen], targets[chosen])
+            logits = F.linear(h, dense)
+            loss += _cross_entropy(logits, wanted, gradient=wants_hidden or wants_weight)
             if dh is not None:
-                torch.mm(logits, dense, out=dh[chosen])
+                dh[chosen] = (logits @ dense)[: len(dh[chosen])]
             if dw is not None:
-                dw += logits.T @ hidden[chosen]
+                dw += logits.T @ h
         ctx.gradients = dh, dw
         ctx.dtype = weight.dtype
         return loss
@@ -60,6 +62,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dh is not None:
             dh = (dh * above).to(dh.dtype)
         return dh, None if dw is None else (dw * above).to(ctx.dtype), None, None
+
+
+def _whole(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with ignored rows of zeros behind them, where products should come in few sizes (see `grouped_linear`)."""
+    more = row_count(hidden) - len(hidden)
+    return (F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more), value=-1)) if more else (hidden, targets)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
