@@ -1,7 +1,6 @@
 // The loops of a training step in buffers of exactly their size, against their formulas.
 #include <algorithm>
 #include <numeric>
-#include <tuple>
 
 #include "check.h"
 
@@ -65,10 +64,12 @@ void check_rotate(Random& random, int dtype) {
     rotation[i] = std::cos(angle), rotation[i + 1] = std::sin(angle);
   }
   const int64_t stride = heads * pairs * 2;
-  for (const auto& [to, from, is_back] : {std::tuple{&turned, &x, 0}, std::tuple{&back, &turned, 1}}) {
-    require(kvern_rotate(to->data(), from->data(), stride, pairs * 2, rotation.data(), is_back, dtype, kRows, heads, pairs) == KVERN_OK,
+  const auto rotate = [&](std::vector<uint8_t>& to, const std::vector<uint8_t>& from, int is_back) {
+    require(kvern_rotate(to.data(), from.data(), stride, pairs * 2, rotation.data(), is_back, dtype, kRows, heads, pairs) == KVERN_OK,
             "rotate");
-  }
+  };
+  rotate(turned, x, 0);
+  rotate(back, turned, 1);
   for (int64_t i = 0; i < kRows * stride; ++i) close(at(back, dtype, i), at(x, dtype, i), 10 * step_of(dtype), "there and back");
 }
 

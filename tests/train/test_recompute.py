@@ -49,7 +49,8 @@ def held(activations: Activations) -> int:
         loss = training_loss(made, ROWS).total
     assert loss.requires_grad
     assert made.lm_head.weight is not None
-    return sum(event.self_cpu_memory_usage for event in trace.key_averages()) - 2 * made.lm_head.weight.nbytes
+    held = sum(int(event.self_cpu_memory_usage) for event in trace.key_averages())
+    return held - 2 * made.lm_head.weight.nbytes
 
 
 def test_less_waits_for_the_backward_pass() -> None:
