@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -113,17 +114,23 @@ def test_wrong_input_is_named(settings: Path, tmp_path: Path, capsys: pytest.Cap
     assert "one.py" in fails()
 
 
-def test_killed_at_any_moment_it_goes_on_bitwise(settings: Path, tmp_path: Path) -> None:
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    argv = [sys.executable, "-m", "kvern", "train", str(settings), "--threads", "1"]
-    process = subprocess.Popen([*argv, "--out", str(cut), "--set", "steps=100000"], stderr=subprocess.DEVNULL)
-    while not complete(cut / "checkpoints"):
+def killed(settings: Path, out: Path, checkpoints: int, delay: float) -> int:
+    """Train until there are so many more complete checkpoints and `delay` seconds later; returns the newest's step."""
+    argv = [sys.executable, "-m", "kvern", "train", str(settings), "--threads", "1", "--out", str(out)]
+    argv += ["--set", "steps=100000", "--set", "checkpoint.keep=1000", "--resume", "auto"]
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    wanted = len(complete(out / "checkpoints")) + checkpoints
+    while len(complete(out / "checkpoints")) < wanted:
         assert process.poll() is None
         time.sleep(0.01)
+    time.sleep(delay)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    (cut / "checkpoints/step-99999999.part").mkdir()
-    begun = read_progress(complete(cut / "checkpoints")[-1]).step
+    return read_progress(complete(out / "checkpoints")[-1]).step
+
+
+def goes_on_bitwise(settings: Path, cut: Path, whole: Path, begun: int) -> None:
+    """Whether a run that was killed after step `begun` ends as one that was not."""
     threads = torch.get_num_threads()
     for out, flags in ((cut, ["--resume", "auto"]), (whole, [])):
         steps = f"steps={begun + 3}"
@@ -132,6 +139,20 @@ def test_killed_at_any_moment_it_goes_on_bitwise(settings: Path, tmp_path: Path)
     assert len(rows(cut)) == begun + 3
     assert_same(cut, whole)
     assert not list((cut / "checkpoints").glob("*.part"))
+
+
+def test_killed_it_goes_on_bitwise(settings: Path, tmp_path: Path) -> None:
+    begun = killed(settings, tmp_path / "cut", 1, 0.0)
+    (tmp_path / "cut/checkpoints/step-99999999.part").mkdir()
+    goes_on_bitwise(settings, tmp_path / "cut", tmp_path / "whole", begun)
+
+
+@pytest.mark.slow
+def test_killed_at_many_moments_it_goes_on_bitwise(settings: Path, tmp_path: Path) -> None:
+    delays = random.Random(0)
+    for _ in range(5):
+        begun = killed(settings, tmp_path / "cut", 1, delays.uniform(0, 0.2))
+    goes_on_bitwise(settings, tmp_path / "cut", tmp_path / "whole", begun)
 
 
 @pytest.mark.slow

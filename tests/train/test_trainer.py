@@ -23,9 +23,11 @@ from tests.train.small import (
 )
 from torch import nn
 
+from kvern.checkpoint.load import load
 from kvern.data.row_stream import Row
 from kvern.errors import ConfigError, TrainingError
 from kvern.train.checkpoint import complete
+from kvern.train.experts import checkpoint_state
 from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, StepMetrics
 from kvern.train.trainer import Trainer
 
@@ -196,3 +198,14 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) 
     train(resumed, tmp_path / "run")
     assert_equal(whole, resumed)
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "run")
+
+
+def test_a_run_may_begin_from_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    stored = load(tiny_folder, dtype=torch.float32, mtp=True).state_dict()
+    run = trainer(config(model={"folder": str(tiny_folder)}, batch={"rows": 2, "length": LENGTH}), tmp_path)
+    begun = checkpoint_state(run.model)
+    assert begun.keys() == stored.keys()
+    assert all(torch.equal(begun[name], tensor) for name, tensor in stored.items())
+    assert run.step(PEAK).loss < 20
+    changed = checkpoint_state(run.model)
+    assert not any(torch.equal(changed[name], stored[name]) for name in ("lm_head.weight", "model.norm.weight"))
