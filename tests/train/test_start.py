@@ -15,10 +15,12 @@ from kvern.checkpoint.convert import convert
 from kvern.checkpoint.floats import read_floats
 from kvern.checkpoint.gqa import DELTA, DType, plan_import
 from kvern.checkpoint.load import load
+from kvern.checkpoint.local import cache_folder
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.checkpoint.save import plan_shards, write_checkpoint
 from kvern.errors import CheckpointError
 from kvern.model import ForwardBatch, Transformer
+from kvern.text.tokenizer import Tokenizer
 from kvern.train.export import ExportOptions, export
 from kvern.train.loss import training_loss
 from kvern.train.masters import LiveMasters
@@ -158,3 +160,28 @@ def test_a_step_on_scaled_rows_would_destroy_an_import(tmp_path: Path) -> None:
     assert float(rows.detach().abs().max()) < 1.0 * DELTA * 16
     step(model, 1e-4)
     assert relative_error(logits(model), before) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_the_real_coder_trains() -> None:
+    """Qwen2.5-Coder-0.5B: the import's logits before the first step, and a loss that falls at the report's rate."""
+    folder = cache_folder() / "models" / "coder-0.5b-bf16"
+    if not (folder / "config.json").is_file():
+        pytest.skip("coder-0.5b is not here: kvern pull coder-0.5b, and chat with it once")
+    batch = ForwardBatch.of(Tokenizer.load(folder).encode("def add(a, b):\n    return a + b\n"))
+    with torch.no_grad():
+        before = load(folder, activation_dtype=F32)(batch)
+        model = open_masters(folder, activation_dtype=F32)
+        assert relative_error(model.eval()(batch), before) < 1e-4
+    make_trainable(model)
+    optimizer, row, losses = AdamW(parameter_groups(model), lr=5e-6), PackedRows.of(batch.tokens.tolist()), []
+    for _ in range(2):
+        loss = training_loss(model, row)
+        torch.autograd.backward(loss.total)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.main))
+    assert losses[1] < losses[0]
+    with torch.no_grad():
+        assert relative_error(model.eval()(batch), before) < 0.3

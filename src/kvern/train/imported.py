@@ -42,7 +42,7 @@ class ScaledNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., size] -> the same shape and dtype."""
-        return x * (self.scaled_weight / LINEAR_NORM).to(x.dtype)
+        return (x.float() * (self.scaled_weight / LINEAR_NORM)).to(x.dtype)
 
 
 class Selection(nn.Module):
