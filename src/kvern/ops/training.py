@@ -87,17 +87,21 @@ def combine_experts(rows: Tensor, weights: Tensor, order: Tensor, counts: Sequen
 
 
 def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float) -> Tensor:
-    """`reference.document_attention`."""
-    lengths = {last - first for first, last in pairwise(starts)}
-    if len(lengths) > 1:
-        return reference.document_attention(q, kv, rope, starts, scale)
-    shape = (len(starts) - 1, lengths.pop(), q.shape[1])
+    """`reference.document_attention`. Documents are split, not sliced: a slice's gradient is as long as the batch."""
+    lengths = [last - first for first, last in pairwise(starts)]
     key, value = torch.tensor_split(kv, [q.shape[2] - rope.shape[1]], dim=2)
     k = torch.cat([key, rope[:, None].expand(-1, kv.shape[1], -1)], dim=2)
     size = max(q.shape[2], value.shape[2])  # torch's CPU flash kernel wants equal sizes
-    q, k, v = (F.pad(t, (0, size - t.shape[2])).view(*shape, size).transpose(1, 2) for t in (q, k, value))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    return out.transpose(1, 2).flatten(0, 1)[..., : value.shape[2]]
+    parts = [F.pad(t, (0, size - t.shape[2])) for t in (q, k, value)]
+    if len(set(lengths)) == 1:
+        q, k, v = (t.view(len(lengths), lengths[0], *t.shape[1:]).transpose(1, 2) for t in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return out.transpose(1, 2).flatten(0, 1)[..., : value.shape[2]]
+    documents = (torch.split(t.transpose(0, 1)[None], lengths, dim=2) for t in parts)
+    outs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in zip(*documents, strict=True)
+    ]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)[..., : value.shape[2]]
 
 
 class _RMSNorm(torch.autograd.Function):
