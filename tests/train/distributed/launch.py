@@ -34,7 +34,7 @@ def environments(world: int) -> list[dict[str, str]]:
     ]
 
 
-def launch(world: int, function: str, folder: Path, expert: int = 1, seconds: float = 240.0) -> list[Any]:
+def launch(world: int, function: str, folder: Path, expert: int = 1, seconds: float = 600.0) -> list[Any]:
     """What `function` ("module:name") returned in each rank; fails with a rank's output where one failed or hung."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.train.distributed.launch", function, str(folder), str(expert)]
@@ -57,7 +57,7 @@ def launch(world: int, function: str, folder: Path, expert: int = 1, seconds: fl
 
 def _child(function: str, folder: str, expert: str) -> None:
     torch.set_num_threads(1)
-    ranks = start(MeshOptions(expert=int(expert), timeout_minutes=3.0))
+    ranks = start(MeshOptions(expert=int(expert), timeout_minutes=10.0))
     module, name = function.split(":")
     result = getattr(importlib.import_module(module), name)(ranks, Path(folder))
     torch.save(result, Path(folder) / f"{ranks.rank}.pt")

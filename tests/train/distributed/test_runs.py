@@ -21,11 +21,11 @@ def assert_bitwise(one: Run, other: Run) -> None:
     assert one.metrics == other.metrics
 
 
-def assert_close(one: Run, other: Run) -> None:
-    """Weights within 1e-6, losses and norms within 1e-6 of their size; loads are counts, and equal."""
+def assert_close(one: Run, other: Run, weights: float = 1e-6) -> None:
+    """Weights within `weights`, losses and norms within 1e-6 of their size; loads are counts, and equal."""
     for name, tensor in one.state.items():
         if not name.endswith(("exp_avg", "exp_avg_sq")):
-            torch.testing.assert_close(tensor, other.state[name], rtol=0, atol=1e-6, msg=name)
+            torch.testing.assert_close(tensor, other.state[name], rtol=0, atol=weights, msg=name)
     for row, expected in zip(one.metrics, other.metrics, strict=True):
         for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
             assert row[key] == pytest.approx(expected[key], rel=1e-6), key
@@ -46,7 +46,7 @@ def check(world: int, expert: int, folder: Path) -> list[dict[str, Run]]:
         assert_bitwise(one["whole"], ranks[0]["whole"])
     (folder / "alone").mkdir()
     alone = run(ALONE, folder / "alone", STEPS)
-    assert_close(ranks[0]["whole"], alone)
+    assert_close(ranks[0]["whole"], alone, weights=5e-6)  # 2 % of a step: Adam's first ones go by a gradient's sign
     rows = sum(row["batch"] for row in alone.metrics)
     assert_all_rows_once([one["whole"] for one in ranks], rows)
     return ranks
