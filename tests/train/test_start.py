@@ -184,4 +184,4 @@ def test_the_real_coder_trains() -> None:
         losses.append(float(loss.main))
     assert losses[1] < losses[0]
     with torch.no_grad():
-        assert relative_error(model.eval()(batch), before) < 0.3
+        assert relative_error(model.eval()(batch), before) < 0.6  # 1.4 where scaled rows are trained
