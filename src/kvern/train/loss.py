@@ -121,14 +121,19 @@ def _mtp_losses(
     layers = [layer for layer in model.model.layers if isinstance(layer, MTPLayer)]
     for layer in layers:
         moved = rows.shifted()
-        if moved is None:
-            return
-        rows, kept_T = moved
-        states_TE = layer.states(start_TE[kept_T], model.model.rotation(rows.batch), rows.batch)
+        if moved is not None:
+            rows, kept_T = moved
+            start_TE = start_TE[kept_T]
+        states_TE = layer.states(start_TE, model.model.rotation(rows.batch), rows.batch)
         hidden_TE = layer.shared_head.norm(states_TE)
         start_TE = hidden_TE if options.norm_first else states_TE
         loss = token_loss(model, hidden_TE, rows.targets()) / len(layers)
-        yield loss, *_hear(log, rows, options)
+        heard = _hear(log, rows, options)
+        if (
+            moved is None
+        ):  # no document has two tokens: nothing counts, but other ranks share this layer and wait for it
+            loss, heard = 0 * (loss + states_TE.sum()), ({}, torch.zeros_like(loss))
+        yield loss, *heard
 
 
 def _hear(log: RoutingLog | None, rows: PackedRows, options: LossOptions) -> tuple[dict[str, Routing], Tensor]:
