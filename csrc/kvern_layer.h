@@ -15,7 +15,8 @@ extern "C" {
 
 /* Kinds of packed weights, beside the dtypes of kvern.h: F32, BF16, and F8_E4M3 with its scales, */
 enum { KVERN_INT4 = 3,  /* values -8 .. 7 with a BF16 scale for each row and `group` (32 or 128) columns, */
-       KVERN_PICKS = 4, /* rows with one number that is not zero: y[i] = factors[i] * x[picks[i]] */
+       KVERN_INT4_TURNED = 4, /* the transpose of such: a BF16 scale for each column and `group` rows, */
+       KVERN_PICKS = 5, /* rows with one number that is not zero: y[i] = factors[i] * x[picks[i]] */
        KVERN_HAS_NAN = 3 };  /* a code of kvern_pack: these E4M3 weights hold a NaN, pack them as F32 */
 
 /* A weight [n, k]. Which bytes `tiles` holds depends on the instruction set in use (kvern_packed_order). */
@@ -35,8 +36,9 @@ int64_t kvern_packed_bytes(int kind, int64_t n, int64_t k);
 int64_t kvern_scale_bytes(int kind, int64_t n, int64_t k, int64_t group);
 
 /* Packs weight [n, k] (dtype F32, BF16 or F8_E4M3 with scale [ceil(n / 128), ceil(k / 128)] FP32; or INT4: int32 words
- * [n, ceil(k / 8)], value + 8 in four bits, the first in the lowest, with scale [n, k / group] BF16) as `kind`: its own, or
- * F32 for everything but INT4. Strides count elements; words for INT4. */
+ * [n, ceil(k / 8)], value + 8 in four bits, the first in the lowest, with scale [n, k / group] BF16; or INT4_TURNED: the
+ * same words with scale [n / group, k]) as `kind`: its own, or F32 for everything but 4 bits. Strides count elements; words
+ * for 4 bits. */
 int kvern_pack(void* tiles, void* scales, int kind, const void* weight, int dtype, int64_t stride, const void* scale,
                int64_t scale_stride, int64_t group, int64_t n, int64_t k);
 

@@ -101,13 +101,28 @@ void pack_int4(const Packing& task, int64_t panel, uint8_t* tiles, int64_t strid
   }
 }
 
+// The words lie as they come; what fills the last one meets zeros of x.
+void pack_int4_turned(const Packing& task, int64_t panel, uint8_t* tiles, int64_t stride) {
+  const auto* words = static_cast<const uint32_t*>(task.weight);
+  for (int64_t r = 0; r < kLanes; ++r) {
+    const uint32_t* row = words + (panel * kLanes + r) * task.stride;
+    for (int64_t word = 0; word < (task.k + 7) / 8; ++word) std::memcpy(tiles + word * stride + 4 * r, row + word, sizeof *row);
+  }
+  const int64_t first = panel * kLanes, group = first / task.group;
+  if (first % task.group) return;
+  auto* scales = static_cast<uint16_t*>(task.scales) + group * task.padded();
+  std::memset(scales, 0, static_cast<size_t>(task.padded()) * sizeof *scales);
+  std::memcpy(scales, static_cast<const uint16_t*>(task.scale) + group * task.scale_stride, static_cast<size_t>(task.k) * sizeof *scales);
+}
+
 void pack_panel(const Packing& task, int64_t panel, Place place) {
   uint8_t* tiles = task.tiles + place.offset;
   switch (task.kind) {
     case KVERN_F32: return pack_f32(task, panel, tiles, place.stride);
     case KVERN_BF16: return pack_bf16(task, panel, tiles, place.stride);
     case KVERN_F8_E4M3: return pack_e4m3(task, panel, tiles, place.stride);
-    default: return pack_int4(task, panel, tiles, place.stride);
+    case KVERN_INT4: return pack_int4(task, panel, tiles, place.stride);
+    default: return pack_int4_turned(task, panel, tiles, place.stride);
   }
 }
 
@@ -116,20 +131,22 @@ void pack_pair(const void* context, int64_t pair) {
   const auto& task = *static_cast<const Packing*>(context);
   const int64_t bytes = task.padded() / depth_of(task.kind) * kTileBytes, all = round_up(task.n, kLanes) / kLanes;
   const int64_t first = 2 * pair, last = first + 2 < all ? first + 2 : all;
-  std::memset(task.tiles + first * bytes, task.kind == KVERN_INT4 ? 0x88 : 0, static_cast<size_t>((last - first) * bytes));
+  std::memset(task.tiles + first * bytes, task.kind >= KVERN_INT4 ? 0x88 : 0, static_cast<size_t>((last - first) * bytes));
   for (int64_t panel = first; panel < last; ++panel) pack_panel(task, panel, place_of(panel, all, bytes));
 }
 
-bool is_group(int64_t group, int64_t k) { return (group == 32 || group == 128) && k % group == 0; }
+bool is_group(int64_t group, int64_t size) { return (group == 32 || group == 128) && size % group == 0; }
 
 bool can_pack(const Packing& task) {
-  const bool is_int4 = task.dtype == KVERN_INT4, is_f8 = task.dtype == KVERN_F8_E4M3;
-  if (task.dtype < KVERN_F32 || task.dtype > KVERN_INT4 || task.n < 1 || task.k < 1 || !is_addressable({task.n, task.k})) return false;
+  const bool is_turned = task.dtype == KVERN_INT4_TURNED, is_int4 = task.dtype == KVERN_INT4 || is_turned, is_f8 = task.dtype == KVERN_F8_E4M3;
+  if (task.dtype < KVERN_F32 || task.dtype > KVERN_INT4_TURNED || task.n < 1 || task.k < 1 || !is_addressable({task.n, task.k})) return false;
   if (!is_addressable({task.n, task.stride}) || (task.scale && !is_addressable({task.n, task.scale_stride}))) return false;
   if (task.kind != task.dtype && (task.kind != KVERN_F32 || is_int4)) return false;
   if (!task.tiles || !task.weight || task.stride < (is_int4 ? (task.k + 7) / 8 : task.k)) return false;
   if (is_int4) {
-    return is_group(task.group, task.k) && task.scale && task.scales && task.scale_stride >= task.k / task.group;
+    const int64_t grouped = is_turned ? task.n : task.k;
+    return is_group(task.group, grouped) && task.scale && task.scales &&
+           task.scale_stride >= (is_turned ? task.k : task.k / task.group);
   }
   if (!is_f8) return true;
   return task.scale && task.scale_stride >= (task.k + kDepth - 1) / kDepth && (task.kind == KVERN_F32 || task.scales);
@@ -165,7 +182,7 @@ const char* kvern_packed_order(void) {
 }
 
 int64_t kvern_packed_bytes(int kind, int64_t n, int64_t k) {
-  if (kind < KVERN_F32 || kind > KVERN_INT4 || n < 1 || k < 1 || !is_addressable({n, k})) return 0;
+  if (kind < KVERN_F32 || kind > KVERN_INT4_TURNED || n < 1 || k < 1 || !is_addressable({n, k})) return 0;
   return round_up(n, kLanes) / kLanes * (round_up(k, kPadding) / depth_of(kind)) * kTileBytes;
 }
 
@@ -174,6 +191,7 @@ int64_t kvern_scale_bytes(int kind, int64_t n, int64_t k, int64_t group) {
   const int64_t panels = round_up(n, kLanes) / kLanes, padded = round_up(k, kPadding);
   if (kind == KVERN_F8_E4M3) return panels * ((padded + kDepth - 1) / kDepth) * 4;
   if (kind == KVERN_INT4 && is_group(group, k)) return panels * (padded / group) * kLanes * 2;
+  if (kind == KVERN_INT4_TURNED && is_group(group, n)) return n / group * padded * 2;
   return 0;
 }
 

@@ -8,6 +8,9 @@
 // Where there are BF16 pairs, a 4-bit tile has a word of 32 bits for each row: the even columns in its lower half, the odd
 // ones in its upper half. Shifted by 0, 4, 8 or 12 bits, the lowest bits of both halves are a pair.
 //
+// Where scales belong to columns of 16 rows or more (INT4_TURNED) a tile's word holds eight columns in their order, and the
+// scales are multiplied into x, in FP32: exactly, where x is rounded to BF16.
+//
 // y[m] = sum over groups g of columns of scale[g] * (sum over k in g, in order, of W[:, k] x[m, k]) is summed in the same
 // order in every form of the kernels, so a row of y depends on its row of x alone, bit for bit: not on how many rows
 // are multiplied together, nor on the threads.
@@ -24,7 +27,7 @@ constexpr int64_t kLanes = 16;    // rows of W in a panel
 constexpr int64_t kTileBytes = 64;
 constexpr int64_t kDepth = 128;   // columns that share an FP8 scale, and that are decoded together
 constexpr int64_t kPadding = 32;  // K is padded with zeros to a multiple of this: whole tiles and whole 4-bit groups
-constexpr int kKinds = 4;
+constexpr int kKinds = 5;
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 

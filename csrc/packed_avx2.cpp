@@ -83,13 +83,23 @@ struct Int4Singles : Int4Kind {
   static __m256 numbers(__m128i values) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values)); }
 };
 
+struct Int4Turned : Int4TurnedKind {
+  static constexpr int steps = 8, registers = 1;
+  using Decoded = DecodedSingle;
+  static void decode(const uint8_t* tile, int step, Halves* w) { w[0] = {numbers(tile, step), numbers(tile + 32, step)}; }
+  static __m256 numbers(const uint8_t* words, int step) {
+    const __m256i shifted = _mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), _mm_cvtsi32_si128(4 * step));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(shifted, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+  }
+};
+
 }  // namespace
 
 namespace kvern {
 const PackedKernels kAvx2Packed{
     kRowKernels,
-    {Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles},
-    {Avx2Singles::columns, Avx2Singles::columns, Avx2Singles::columns, Avx2Singles::columns},
+    {Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles},
+    {Avx2Singles::columns, Avx2Singles::columns, Avx2Singles::columns, Avx2Singles::columns, Avx2Singles::columns},
     {multiply<Avx2Singles, F32Single>, multiply<Avx2Singles, Bf16Singles>, multiply<Avx2Singles, E4m3Singles>,
-     multiply<Avx2Singles, Int4Singles>}};
+     multiply<Avx2Singles, Int4Singles>, multiply_turned<Avx2Singles, Int4Turned>}};
 }

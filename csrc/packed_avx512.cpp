@@ -4,10 +4,6 @@
 
 namespace {
 
-struct DecodedSingle : F32Single {
-  static constexpr bool is_decoded = true;
-};
-
 struct Bf16Singles : Bf16Kind {
   static constexpr int steps = 2, registers = 1;
   using Decoded = DecodedSingle;
@@ -44,8 +40,8 @@ struct Int4Singles : Int4Kind {
 namespace kvern {
 const PackedKernels kAvx512Packed{
     kRowKernels,
-    {Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles},
-    {Avx512Singles::columns, Avx512Singles::columns, Avx512Singles::columns, Avx512Singles::columns},
+    {Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles},
+    {Avx512Singles::columns, Avx512Singles::columns, Avx512Singles::columns, Avx512Singles::columns, Avx512Singles::columns},
     {multiply<Avx512Singles, F32Single>, multiply<Avx512Singles, Bf16Singles>, multiply<Avx512Singles, E4m3Singles>,
-     multiply<Avx512Singles, Int4Singles>}};
+     multiply<Avx512Singles, Int4Singles>, multiply_turned<Avx512Singles, Int4Turned>}};
 }

@@ -1,4 +1,4 @@
-// What the two AVX-512 files of packed products share: decoding, and the kernels for FP32 weights.
+// What the two AVX-512 files of packed products share: decoding, and the kernels that multiply in FP32 in both.
 #pragma once
 
 #include <immintrin.h>
@@ -68,6 +68,21 @@ struct F32Single : F32Kind {
   static constexpr int steps = 1, registers = 1;
   using Decoded = F32Single;
   static void decode(const uint8_t* tile, int, __m512* w) { w[0] = _mm512_loadu_ps(tile); }
+};
+
+struct DecodedSingle : F32Single {
+  static constexpr bool is_decoded = true;
+};
+
+// A look-up takes the lowest four bits of each word.
+struct Int4Turned : Int4TurnedKind {
+  static constexpr int steps = 8, registers = 1;
+  using Decoded = DecodedSingle;
+  static void decode(const uint8_t* tile, int step, __m512* w) {
+    const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i words = _mm512_srl_epi32(_mm512_loadu_si512(tile), _mm_cvtsi32_si128(4 * step));
+    w[0] = _mm512_permutexvar_ps(words, numbers);
+  }
 };
 
 }  // namespace

@@ -53,7 +53,8 @@ struct Int4Pairs : Int4Kind {
 namespace kvern {
 const PackedKernels kAvx512Bf16Packed{
     kRowKernels,
-    {Order::kSingles, Order::kPairs, Order::kPairs, Order::kPairs},
-    {Avx512Singles::columns, Pairs::columns, Pairs::columns, Pairs::columns},
-    {multiply<Avx512Singles, F32Single>, multiply<Pairs, Bf16Pairs>, multiply<Pairs, E4m3Pairs>, multiply<Pairs, Int4Pairs>}};
+    {Order::kSingles, Order::kPairs, Order::kPairs, Order::kPairs, Order::kSingles},
+    {Avx512Singles::columns, Pairs::columns, Pairs::columns, Pairs::columns, Avx512Singles::columns},
+    {multiply<Avx512Singles, F32Single>, multiply<Pairs, Bf16Pairs>, multiply<Pairs, E4m3Pairs>, multiply<Pairs, Int4Pairs>,
+     multiply_turned<Avx512Singles, Int4Turned>}};
 }

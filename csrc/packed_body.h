@@ -48,6 +48,10 @@ struct Int4Kind : F32Kind {
   static constexpr bool is_scaled = true, is_grouped = true;
 };
 
+struct Int4TurnedKind : F32Kind {
+  static constexpr int64_t depth = 8;
+};
+
 // Elements of x that a tile meets.
 template <class K>
 constexpr int kElements = K::steps * K::registers;
@@ -269,6 +273,42 @@ void multiply(const Product& task, int64_t first, int64_t last) {
   Tiled<V, K> tiled{task, aligned, {}};
   for (; first + V::tiled_panels <= last; first += V::tiled_panels) tiled.template panels<V::tiled_panels>(first);
   for (; first < last; ++first) tiled.template panels<1>(first);
+}
+
+// x times the scales of a group of rows of W, arranged as x is.
+template <class V>
+void scale_columns(const Columns& x, const uint16_t* scales, uint32_t* to) {
+  const uint32_t* from = x.data;
+  for (int64_t column = 0; column < x.count; column += x.group) {
+    const int64_t count = least(x.group, x.count - column);
+    for (int64_t e = 0; count == 1 && e < x.elements; e += kLanes) {
+      const auto numbers = V::load(reinterpret_cast<const float*>(from + e));
+      V::store(reinterpret_cast<float*>(to + e), V::mul_add(numbers, V::scales(scales + e), V::zero()));
+    }
+    for (int64_t e = 0; count > 1 && e < x.elements; ++e) {
+      const float scale = float_of_bf16(scales[e]);
+      for (int64_t c = e * count; c < (e + 1) * count; ++c) to[c] = bits_of_float(float_of_bits(from[c]) * scale);
+    }
+    from += count * x.elements;
+    to += count * x.elements;
+  }
+}
+
+// INT4_TURNED. Panels of one group of rows are multiplied with x that has their scales. `first` is even.
+template <class V, class K>
+void multiply_turned(const Product& task, int64_t first, int64_t last) {
+  static thread_local std::vector<uint32_t> memory;
+  const auto numbers = static_cast<size_t>(task.x.count * task.x.elements);
+  if (memory.size() < numbers) memory.resize(numbers);
+  Product part = task;
+  part.x.data = memory.data();
+  const int64_t step = task.w.group / kLanes;
+  while (first < last) {
+    const int64_t group = first / step, end = least(last, (group + 1) * step);
+    scale_columns<V>(task.x, static_cast<const uint16_t*>(task.w.scales) + group * kvern::padded_k(task.w), memory.data());
+    multiply<V, K>(part, first, end);
+    first = end;
+  }
 }
 
 }  // namespace

@@ -73,13 +73,25 @@ struct Int4Singles : Int4Kind {
   }
 };
 
+struct Int4Turned : Int4TurnedKind {
+  static constexpr int steps = 8, registers = 1;
+  using Decoded = DecodedSingle;
+  static void decode(const uint8_t* tile, int step, Scalar::reg* w) {
+    w[0] = Scalar::each([&](int i) {
+      uint32_t word;
+      std::memcpy(&word, tile + 4 * i, sizeof word);
+      return static_cast<float>(static_cast<int>(word >> 4 * step & 15) - 8);
+    });
+  }
+};
+
 }  // namespace
 
 namespace kvern {
 const PackedKernels kScalarPacked{
     kRowKernels,
-    {Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles},
-    {Scalar::columns, Scalar::columns, Scalar::columns, Scalar::columns},
+    {Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles, Order::kSingles},
+    {Scalar::columns, Scalar::columns, Scalar::columns, Scalar::columns, Scalar::columns},
     {multiply<Scalar, F32Single>, multiply<Scalar, Bf16Singles>, multiply<Scalar, E4m3Singles>,
-     multiply<Scalar, Int4Singles>}};
+     multiply<Scalar, Int4Singles>, multiply_turned<Scalar, Int4Turned>}};
 }

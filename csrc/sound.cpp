@@ -96,8 +96,8 @@ bool fits(const kvern_packed& w) {
     }
     return true;
   }
-  if (w.kind < KVERN_F32 || w.kind > KVERN_INT4 || !w.tiles) return false;
-  if (w.kind == KVERN_INT4) return w.scales && kvern_scale_bytes(w.kind, w.n, w.k, w.group) > 0;
+  if (w.kind < KVERN_F32 || w.kind > KVERN_INT4_TURNED || !w.tiles) return false;
+  if (w.kind >= KVERN_INT4) return w.scales && kvern_scale_bytes(w.kind, w.n, w.k, w.group) > 0;
   return w.kind != KVERN_F8_E4M3 || w.scales;
 }
 

@@ -35,11 +35,11 @@ class Checkpoints:
         return synthetic.write(self.folder / f"{self.model}-bf16")
 
     def ours(self, bits: int) -> Path:
-        """Kvern's folder: FP8 blocks with the head in FP8, or 4-bit groups."""
-        name = {8: "fp8", 4: "int4"}[bits]
+        """Kvern's folder: FP8 blocks or 4-bit groups, the head in FP8."""
+        dtype, name = {8: ("fp8", "fp8"), 4: ("int4", "int4-head-fp8")}[bits]
         folder = self.folder / f"{self.model}-{name}"
         if not (folder / "config.json").is_file():
-            options = ["--dtype", name] + ["--head-fp8"] * (bits == 8)
+            options = ["--dtype", dtype, "--head-fp8"]
             source = self.bf16() if self.model == "base" else self.model
             kvern = [sys.executable, "-m", "kvern", "convert", source, folder]
             self.setup.run(f"convert {folder.name}", [*kvern, *options])

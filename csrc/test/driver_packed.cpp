@@ -15,12 +15,18 @@ struct Packed {
   kvern_packed c{};
   int64_t blocks = 0;
 
+  int value(int64_t row, int64_t column) const {  // of 4 bits
+    const int64_t word = row * ((c.k + 7) / 8) + column / 8;
+    return weight[static_cast<size_t>(word * 4 + column % 8 / 2)] >> (4 * (column % 2)) & 15;
+  }
+
   double at(int64_t row, int64_t column) const {
     if (c.kind == KVERN_PICKS) return picks[static_cast<size_t>(row)] == column ? factors[static_cast<size_t>(row)] : 0.0f;
     if (c.kind == KVERN_INT4) {
-      const int64_t word = row * (c.k / 8) + column / 8;
-      const int value = weight[static_cast<size_t>(word * 4 + column % 8 / 2)] >> (4 * (column % 2)) & 15;
-      return (value - 8) * double{read_scalar(scale.data(), KVERN_BF16, row * (c.k / c.group) + column / c.group)};
+      return (value(row, column) - 8) * double{read_scalar(scale.data(), KVERN_BF16, row * (c.k / c.group) + column / c.group)};
+    }
+    if (c.kind == KVERN_INT4_TURNED) {
+      return (value(row, column) - 8) * double{read_scalar(scale.data(), KVERN_BF16, row / c.group * c.k + column)};
     }
     const double number = weight_at(weight, c.kind, row * c.k + column);
     if (c.kind != KVERN_F8_E4M3) return number;
@@ -59,6 +65,12 @@ Packed packed(Random& random, int kind, int64_t n, int64_t k) {
     one.scale = random.stored(n * k / 32, KVERN_BF16);
     stride = k / 8;
     scale_stride = k / 32;
+  } else if (kind == KVERN_INT4_TURNED) {
+    one.c.group = 32;
+    stride = (k + 7) / 8;
+    scale_stride = k;
+    one.weight = random.stored(n * stride * 2, KVERN_BF16);
+    one.scale = random.stored(n / 32 * k, KVERN_BF16);
   } else {
     one.weight = random.stored(n * k, kind);
   }
@@ -73,8 +85,27 @@ Packed packed(Random& random, int kind, int64_t n, int64_t k) {
   return one;
 }
 
-// Of a weight in one scale block.
+// Of 4-bit groups.
+Packed turned_int4(const Packed& one) {
+  Packed turned;
+  const int64_t n = one.c.k, k = one.c.n, words = (k + 7) / 8, groups = n / one.c.group;
+  turned.c = {nullptr, nullptr, nullptr, nullptr, n, k, KVERN_INT4_TURNED, one.c.group};
+  turned.weight.resize(static_cast<size_t>(n * words * 4));
+  turned.scale.resize(static_cast<size_t>(groups * k * 2));
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < k; ++c) {
+      turned.weight[static_cast<size_t>(r * words * 4 + c / 2)] |= static_cast<uint8_t>(one.value(c, r) << (4 * (c % 2)));
+      std::memcpy(&turned.scale[static_cast<size_t>((r / one.c.group * k + c) * 2)],
+                  &one.scale[static_cast<size_t>((c * groups + r / one.c.group) * 2)], 2);
+    }
+  }
+  pack(turned, words, k);
+  return turned;
+}
+
+// Of a weight in one scale block, or in 4-bit groups.
 Packed transposed(const Packed& one) {
+  if (one.c.kind == KVERN_INT4) return turned_int4(one);
   Packed turned;
   turned.c = {nullptr, nullptr, nullptr, nullptr, one.c.k, one.c.n, one.c.kind, 0};
   const size_t size = one.weight.size() / static_cast<size_t>(one.c.n * one.c.k);
@@ -91,6 +122,7 @@ Packed transposed(const Packed& one) {
 
 void check_product(Random& random, int kind, int64_t m, int64_t n, int64_t k) {
   if (kind == KVERN_INT4) k = (k + 31) / 32 * 32;
+  if (kind == KVERN_INT4_TURNED) n = (n + 31) / 32 * 32;
   const Packed w = packed(random, kind, n, k);
   const auto x = random.stored(m * k, KVERN_F32);
   const auto bias = random.stored(n, KVERN_F32);
@@ -111,8 +143,8 @@ void check_product(Random& random, int kind, int64_t m, int64_t n, int64_t k) {
 
 // A layer of random weights, routed or dense, and the step that runs it.
 struct Model {
-  static constexpr int64_t hidden = 40, heads = 3, nope = 9, rope = 6, value = 5, rank = 33, q_rank = 21, width = 19;
-  static constexpr int64_t routed = 6, block = 4;
+  static constexpr int64_t heads = 3, nope = 9, rope = 6, routed = 6, block = 4;
+  int64_t hidden = 40, value = 5, rank = 33, q_rank = 21, width = 19;
   std::vector<Packed> kept;
   std::vector<kvern_packed> absorb, keys, values;
   std::vector<kvern_expert> experts;
@@ -121,6 +153,7 @@ struct Model {
 
   Model(Random& random, int kind, bool is_routed) {
     kept.reserve(64);
+    if (kind == KVERN_INT4) hidden = value = rank = q_rank = width = 32;  // whole groups
     const auto make = [&](int64_t n, int64_t k) {
       kept.push_back(packed(random, kind, n, k));
       return kept.back().c;
@@ -220,7 +253,7 @@ struct Model {
 void check_layer(Random& random, int kind, bool is_routed) {
   Model model(random, kind, is_routed);
   const std::vector<int32_t> counts{1, 9, 17};
-  std::vector<float> x(static_cast<size_t>(27 * Model::hidden));
+  std::vector<float> x(static_cast<size_t>(27 * model.hidden));
   for (float& number : x) number = random.number();
   const int forms[][2]{{KVERN_F32, KVERN_F32}, {KVERN_BF16, KVERN_BF16}, {KVERN_F32, KVERN_LATENT8}, {KVERN_BF16, KVERN_LATENT8}};
   for (const auto& [activations, rows] : forms) {
@@ -231,9 +264,9 @@ void check_layer(Random& random, int kind, bool is_routed) {
       apart = std::max(apart, std::abs(double{absorbed[i]} - expanded[i]));
     }
     if (activations == KVERN_F32) require(apart < 1e-3 * most, "both forms of attention");
-    const std::vector<float> middle(x.begin() + Model::hidden, x.begin() + 10 * Model::hidden);
+    const std::vector<float> middle(x.begin() + model.hidden, x.begin() + 10 * model.hidden);
     const auto alone = model.run(middle, {9}, activations, rows, false);
-    require(std::equal(alone.begin(), alone.end(), absorbed.begin() + Model::hidden), "a sequence alone");
+    require(std::equal(alone.begin(), alone.end(), absorbed.begin() + model.hidden), "a sequence alone");
   }
 }
 
@@ -248,7 +281,7 @@ void check_packed() {
     }
     check_product(random, kind, 3, 300, 260);
   }
-  for (const int kind : {KVERN_F32, KVERN_BF16, KVERN_F8_E4M3}) {
+  for (const int kind : {int{KVERN_F32}, int{KVERN_BF16}, int{KVERN_F8_E4M3}, int{KVERN_INT4}}) {
     check_layer(random, kind, false);
     check_layer(random, kind, true);
   }

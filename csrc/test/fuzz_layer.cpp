@@ -15,12 +15,12 @@ struct Weight {
 
 Weight pack_numbers(Fuzz& fuzz, Weight one) {
   kvern_packed& c = one.c;
-  const bool is_int4 = c.kind == KVERN_INT4, is_f8 = c.kind == KVERN_F8_E4M3;
-  const int64_t columns = is_int4 ? c.k / 8 : c.k, groups = is_int4 ? c.k / c.group : (c.k + 127) / 128;
+  const bool is_turned = c.kind == KVERN_INT4_TURNED, is_int4 = c.kind == KVERN_INT4 || is_turned, is_f8 = c.kind == KVERN_F8_E4M3;
+  const int64_t columns = is_int4 ? (c.k + 7) / 8 : c.k, groups = is_turned ? c.k : is_int4 ? c.k / c.group : (c.k + 127) / 128;
   const int64_t stride = columns + fuzz.between(0, 3), scale_stride = groups + fuzz.between(0, 2);
+  const int64_t scale_rows = is_turned ? c.n / c.group : is_int4 ? c.n : (c.n + 127) / 128;
   const Buffer weight = fuzz.numbers((c.n - 1) * stride + columns, is_int4 ? KVERN_F32 : c.kind);
-  const Buffer scale = is_int4 ? fuzz.numbers((c.n - 1) * scale_stride + groups, KVERN_BF16)
-                               : fuzz.numbers((c.n - 1) / 128 * scale_stride + groups, KVERN_F32);
+  const Buffer scale = fuzz.numbers((scale_rows - 1) * scale_stride + groups, is_int4 ? KVERN_BF16 : KVERN_F32);
   const int dtype = c.kind;
   const auto call = [&] {
     one.tiles = Buffer(kvern_packed_bytes(c.kind, c.n, c.k));
@@ -40,11 +40,13 @@ Weight pack_numbers(Fuzz& fuzz, Weight one) {
 
 Weight weight_of(Fuzz& fuzz, int kind, int64_t n, int64_t k) {
   Weight one;
-  if (kind == KVERN_INT4 && k % 32) kind = KVERN_F8_E4M3;
+  const int64_t grouped = kind == KVERN_INT4_TURNED ? n : k;
+  const bool is_int4 = kind == KVERN_INT4 || kind == KVERN_INT4_TURNED;
+  if (is_int4 && grouped % 32) kind = KVERN_F8_E4M3;
   one.c.n = n;
   one.c.k = k;
   one.c.kind = kind;
-  one.c.group = kind == KVERN_INT4 ? (k % 128 || fuzz.chance(2) ? 32 : 128) : 0;
+  one.c.group = is_int4 && grouped % 32 == 0 ? (grouped % 128 || fuzz.chance(2) ? 32 : 128) : 0;
   if (kind == KVERN_PICKS) {
     std::vector<int32_t> picks;
     for (int64_t i = 0; i < n; ++i) picks.push_back(static_cast<int32_t>(fuzz.between(0, k - 1)));
@@ -77,7 +79,7 @@ void must_refuse_weights(Fuzz& fuzz, kvern_packed& w, const Call& call, std::ini
     must_refuse_with(value, static_cast<std::decay_t<decltype(value)>>(wrong), call, out, "a bad weight");
   };
   bad(w.n, 0); bad(w.n, -1); bad(w.k, 0); bad(w.k, -5); bad(w.n, kHuge); bad(w.k, kHuge); bad(w.n, kWide);
-  bad(w.kind, fuzz.one_of({-1, 5, 99, INT32_MAX, INT32_MIN}));
+  bad(w.kind, fuzz.one_of({-1, KVERN_PICKS + 1, 99, INT32_MAX, INT32_MIN}));
   if (w.kind == KVERN_PICKS) {
     bad(w.picks, nullptr); bad(w.factors, nullptr);
     auto& pick = const_cast<int32_t*>(w.picks)[fuzz.between(0, w.n - 1)];
@@ -85,8 +87,8 @@ void must_refuse_weights(Fuzz& fuzz, kvern_packed& w, const Call& call, std::ini
     return;
   }
   bad(w.tiles, nullptr);
-  if (w.kind == KVERN_INT4 || w.kind == KVERN_F8_E4M3) bad(w.scales, nullptr);
-  if (w.kind == KVERN_INT4) bad(w.group, fuzz.one_of({0, -32, 16, 64, INT32_MAX}));
+  if (w.kind >= KVERN_F8_E4M3) bad(w.scales, nullptr);
+  if (w.kind >= KVERN_INT4) bad(w.group, fuzz.one_of({0, -32, 16, 64, INT32_MAX}));
 }
 
 // A layer of random sizes with everything that it points to.
@@ -385,12 +387,13 @@ void fuzz_product(Fuzz& fuzz) {
 }
 
 void fuzz_pack(Fuzz& fuzz) {
-  int kind = static_cast<int>(fuzz.between(KVERN_F32, KVERN_INT4)), dtype = kind;
-  int64_t n = fuzz.size(80), k = kind == KVERN_INT4 ? 128 : fuzz.size(200), group = kind == KVERN_INT4 ? 32 : 0;
-  const bool is_int4 = kind == KVERN_INT4, is_scaled = is_int4 || kind == KVERN_F8_E4M3;
-  int64_t stride = is_int4 ? k / 8 : k, scale_stride = is_int4 ? 4 : (k + 127) / 128;
+  int kind = static_cast<int>(fuzz.between(KVERN_F32, KVERN_INT4_TURNED)), dtype = kind;
+  const bool is_turned = kind == KVERN_INT4_TURNED, is_int4 = kind == KVERN_INT4 || is_turned, is_scaled = is_int4 || kind == KVERN_F8_E4M3;
+  int64_t n = is_turned ? 32 * fuzz.between(1, 4) : fuzz.size(80), k = kind == KVERN_INT4 ? 128 : fuzz.size(200), group = is_int4 ? 32 : 0;
+  int64_t stride = is_int4 ? (k + 7) / 8 : k, scale_stride = is_turned ? k : is_int4 ? 4 : (k + 127) / 128;
+  const int64_t scale_rows = is_turned ? n / 32 : is_int4 ? n : (n + 127) / 128;
   const Buffer weight = fuzz.numbers(n * stride, is_int4 ? KVERN_F32 : kind);
-  const Buffer scale = fuzz.numbers(is_int4 ? n * 4 : (n + 127) / 128 * scale_stride, is_int4 ? KVERN_BF16 : KVERN_F32);
+  const Buffer scale = fuzz.numbers(scale_rows * scale_stride, is_int4 ? KVERN_BF16 : KVERN_F32);
   const Buffer tiles(kvern_packed_bytes(kind, n, k)), scales(kvern_scale_bytes(kind, n, k, group));
   void *to = tiles.data(), *scales_to = scales.data();
   const void *from = weight.data(), *scale_from = is_scaled ? scale.data() : nullptr;

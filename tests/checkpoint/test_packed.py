@@ -123,7 +123,7 @@ def test_4_bit_weights_come_back_as_they_were(tiny_bf16: Path, tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_the_heads_of_kv_b_stay_4_bit_where_they_are_not_turned(tiny_bf16: Path, tmp_path: Path) -> None:
+def test_the_heads_of_kv_b_stay_4_bit_both_ways_round(tiny_bf16: Path, tmp_path: Path) -> None:
     folder = tmp_path / "int4"
     convert(tiny_bf16, folder, dtype="int4", group_size=32)
     model = load(folder, activation_dtype=torch.float32)
@@ -132,7 +132,7 @@ def test_the_heads_of_kv_b_stay_4_bit_where_they_are_not_turned(tiny_bf16: Path,
         got = packed_transformer(model, folder)(batch)
         torch.testing.assert_close(got, model(batch).float(), rtol=1e-3, atol=1e-3)
     entries, head = kept(folder), "model.layers.0.self_attn.kv_b_proj"
-    wanted = {"values": packed.Kind.INT4, "keys": packed.Kind.INT4, "absorb": packed.Kind.F32}
+    wanted = {"values": packed.Kind.INT4, "keys": packed.Kind.INT4, "absorb": packed.Kind.INT4_TURNED}
     assert {part: entries[f"{head}.{part}.0"]["kind"] for part in wanted} == wanted
 
 

@@ -22,7 +22,7 @@ from kvern.ops.packed import Kind, Packed
 pytestmark = pytest.mark.skipif(not packed.available(), reason="the kernels were not built")
 
 FP8 = torch.float8_e4m3fn
-KINDS = (Kind.F32, Kind.BF16, Kind.E4M3, Kind.INT4)
+KINDS = (Kind.F32, Kind.BF16, Kind.E4M3, Kind.INT4, Kind.INT4_TURNED)
 SHAPES = ((1, 1), (7, 5), (16, 32), (17, 33), (130, 191), (300, 384), (50, 1024))
 ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 5e-7}
 """Bounds as a share of sum |x||w|: FP32 counts with 16 bits of mantissa where BF16 pairs are multiplied."""
@@ -50,10 +50,15 @@ def make(kind: Kind, n: int, k: int, seed: int = 0, group: int = 32) -> Case:
         scale = torch.rand(-(-n // 128), -(-k // 128), generator=generator) + 0.1
         weight = codes.view(FP8)
         return Case(packed.pack(weight, scale), ops.reference.dequantize(weight, scale).double())
+    if kind is Kind.INT4_TURNED:
+        n, k = k, n
     k = -(-k // group) * group
     words = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), generator=generator, dtype=torch.int32)
     scale = (torch.rand(n, k // group, generator=generator) + 0.1).bfloat16()
-    return Case(packed.pack_int4(words, scale), ops.dequantize_int4(words, scale, torch.float32).double())
+    dense = ops.dequantize_int4(words, scale, torch.float32).double()
+    if kind is Kind.INT4_TURNED:
+        return Case(packed.pack_int4_turned(words, scale), dense.T)
+    return Case(packed.pack_int4(words, scale), dense)
 
 
 def check(case: Case, x: Tensor, activations: torch.dtype) -> Tensor:
@@ -147,6 +152,8 @@ def test_a_selection_matrix_becomes_picks(dtype: torch.dtype) -> None:
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(KvernError, match="in groups of 16 cannot be packed"):
         packed.pack_int4(torch.zeros(4, 4, dtype=torch.int32), torch.ones(4, 2).bfloat16())
+    with pytest.raises(KvernError, match="in groups of 16 rows cannot be packed"):
+        packed.pack_int4_turned(torch.zeros(4, 4, dtype=torch.int32), torch.ones(4, 2).bfloat16())
     with pytest.raises(KvernError, match="cannot be packed"):
         packed.pack(torch.zeros(4, 4).to(FP8))
 

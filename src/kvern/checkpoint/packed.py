@@ -44,7 +44,7 @@ from kvern.ops.library import threads
 from kvern.plan.hardware import machine
 
 MAGIC = b"KVPACK01"
-VERSION = 5
+VERSION = 6
 ALIGNMENT = 64
 SECTION = 1 << 26
 """Bytes under one hash, a multiple of a page."""

@@ -300,8 +300,7 @@ def _put_heads(struct: packed.Layer, attention: Attention, name: str, weights: P
 class _HeadRows:
     """The rows of kv_b_proj that belong to each head, or their transpose, all packed in one kind.
 
-    That is as they are stored, unless some head's rows cross a border of scale blocks, E4M3 holds a NaN, or groups of
-    4-bit weights are turned, so that a scale would belong to a column: then FP32.
+    That is as they are stored, unless some head's rows cross a border of scale blocks, or E4M3 holds a NaN: then FP32.
     """
 
     def __init__(self, linear: Linear, rows: Sequence[slice]) -> None:
@@ -311,8 +310,8 @@ class _HeadRows:
         """The rows of `head` [count, rank], or [rank, count] when `turned`."""
         rows = self.rows[head]
         words, groups = self.linear.weight_packed, self.linear.weight_scale
-        if words is not None and groups is not None and not turned and not self._are_picks:
-            return packed.pack_int4(words[rows], groups[rows])
+        if words is not None and groups is not None and not self._are_picks:
+            return (packed.pack_int4_turned if turned else packed.pack_int4)(words[rows], groups[rows])
         weight, scale = self._stored
         blocks = None if scale is None else scale[rows.start // BLOCK : (rows.stop - 1) // BLOCK + 1]
         if turned:

@@ -38,7 +38,8 @@ class Kind(IntEnum):
     BF16 = 1
     E4M3 = 2
     INT4 = 3
-    PICKS = 4
+    INT4_TURNED = 4
+    PICKS = 5
 
 
 class Weight(ctypes.Structure):
@@ -165,6 +166,25 @@ def pack_int4(words: Tensor, scale: Tensor) -> Packed:
     return packed
 
 
+def pack_int4_turned(words: Tensor, scale: Tensor) -> Packed:
+    """Pack the transpose of 4-bit groups, words int32 [K, N/8] and scale bfloat16 [K, groups], as a weight [N, K]."""
+    k, n = words.shape[0], words.shape[1] * 8
+    group = n // scale.shape[1]
+    scales = scale.T.clone(memory_format=torch.contiguous_format)  # a single row has no stride to trust
+    packed, code = _pack(Kind.INT4_TURNED, _transposed(words), scales, k=k, group=group)
+    if code:
+        raise KvernError(f"4-bit weight {n} x {k} in groups of {group} rows cannot be packed")
+    return packed
+
+
+def _transposed(words: Tensor) -> Tensor:
+    """int32 words [K, N/8] of a matrix [K, N] to those of its transpose [N, ceil(K/8)], the last padded."""
+    shifts = torch.arange(0, 32, 4)
+    values = (words.unsqueeze(-1) >> shifts & 15).flatten(1).T
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).reshape(len(values), -1, 8)
+    return (padded << shifts).sum(-1).to(torch.int32, memory_format=torch.contiguous_format)
+
+
 def multiply(x: Tensor, packed: Packed, bias: Tensor | None = None, activations: torch.dtype = torch.float32) -> Tensor:
     """x [M, K] float32 times a packed weight [N, K] transposed (+ bias [N] float32): [M, N] float32."""
     if x.shape[1] != packed.k:
@@ -259,7 +279,7 @@ def array(weights: Sequence[Packed]) -> ctypes.Array[Weight]:
 def _pack(kind: Kind, weight: Tensor, scale: Tensor | None, *, k: int = 0, group: int = 0) -> tuple[Packed, int]:
     n, k = weight.shape[0], k or weight.shape[1]
     tiles, scales = (_pages(size) for size in _storage(kind, n, k, group))
-    dtype = Kind.INT4 if kind is Kind.INT4 else CODES[weight.dtype]
+    dtype = kind if kind in (Kind.INT4, Kind.INT4_TURNED) else CODES[weight.dtype]
     stride = 0 if scale is None else scale.stride(0)
     code = loaded().kvern_pack(
         address(tiles),
