@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from kvern.checkpoint.convert import convert, plan_conversion
 from kvern.checkpoint.int4 import dequantize_int4, int4_layout, quantize_int4
 from kvern.checkpoint.load import load
+from kvern.checkpoint.quantize import dequantize
 from kvern.checkpoint.reader import CheckpointReader
 from kvern.config import Int4Config, ModelConfig
 from kvern.errors import CheckpointError, ConfigError, KvernError, UnsupportedModelError
@@ -165,6 +166,20 @@ def test_a_head_in_fp8_beside_them(source: Path, tmp_path: Path) -> None:
         assert torch.equal(logits(load(other.folder)), logits(model))
     convert(tmp_path / "out", tmp_path / "back", dtype="f32")
     assert set(CheckpointReader(tmp_path / "back").names()) == set(CheckpointReader(source).names())
+
+
+def test_the_library_reads_a_head_in_fp8(source: Path, tmp_path: Path) -> None:
+    from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    convert(source, tmp_path / "out", dtype="int4", head_fp8=True)
+    reader = CheckpointReader(tmp_path / "out")
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = QuantizationConfig.model_validate(raw).config_groups
+    codes, scale = reader.tensor("lm_head.weight"), reader.tensor("lm_head.weight_scale")
+    state = {"weight": codes, "weight_scale": scale}
+    restored = FloatQuantizationCompressor.decompress(state, groups["group_1"])["weight"]
+    assert torch.equal(restored.float(), dequantize(codes, scale).to(restored.dtype).float())
 
 
 def test_from_fp8_and_to_fp8(tiny_fp8: Path, tmp_path: Path) -> None:
