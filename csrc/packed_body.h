@@ -317,10 +317,11 @@ void multiply_turned(const Product& task, int64_t first, int64_t last) {
   if (memory.size() < numbers) memory.resize(numbers);
   Product part = task;
   part.x.data = memory.data();
-  const int64_t step = task.w.group / kLanes;
+  const int64_t step = task.w.group / kLanes, padded = kvern::padded_k(task.w);
   while (first < last) {
     const int64_t group = first / step, end = least(last, (group + 1) * step);
-    scale_columns<V>(task.x, static_cast<const uint16_t*>(task.w.scales) + group * kvern::padded_k(task.w), memory.data());
+    scale_columns<V>(task.x, static_cast<const uint16_t*>(task.w.scales) + group * padded, memory.data());
+    part.next = end < last ? static_cast<const uint8_t*>(task.w.tiles) + end * (padded / K::depth * kTileBytes) : task.next;
     multiply<V, K>(part, first, end);
     first = end;
   }
