@@ -17,7 +17,6 @@ constexpr int64_t kSpan = 32;       // columns of W in a tile, of which 16 are e
 constexpr int64_t kSpanTiles = 4;   // stored
 constexpr int64_t kSpanBytes = 16 * kTileBytes;  // decoded
 constexpr int64_t kBlock = 128;     // columns of W decoded at a time
-constexpr int64_t kAhead = 32;      // stored tiles that memory is asked for before their turn
 constexpr int kFew = 3;             // up to so many columns of x are multiplied without tiles
 constexpr int kMostPanels = 4;
 
@@ -41,15 +40,16 @@ const uint16_t* scales_of(const kvern_packed& w, int64_t panel, int64_t group) {
 
 // even[p][m], odd[p][m] += a span of P panels times M columns; x of a column: 16 even numbers, 16 odd ones, `stride` apart.
 template <int P, int M>
-[[gnu::always_inline]] inline void add_span(const uint8_t* tile, int64_t stride, const float* x, int64_t x_stride,
+[[gnu::always_inline]] inline void add_span(const Tiles& tiles, const uint8_t* tile, const float* x, int64_t x_stride,
                                             __m512 (&even)[P][M], __m512 (&odd)[P][M]) {
   const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
 #pragma GCC unroll 4
-  for (int64_t t = 0; t < kSpanTiles; ++t, tile += stride) {
+  for (int64_t t = 0; t < kSpanTiles; ++t, tile += tiles.stride) {
     __m512i words[P];
     for (int p = 0; p < P; ++p) {
       words[p] = _mm512_loadu_si512(tile + p * kTileBytes);
-      __builtin_prefetch(tile + kAhead * stride + p * kTileBytes, 0, 2);
+      __builtin_prefetch(tiles.ahead(tile + p * kTileBytes), 0, 2);
+      __builtin_prefetch(tile + p * kTileBytes + kNearBytes, 0, 3);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -67,10 +67,11 @@ template <int P, int M>
 }
 
 template <int P, int M>
-void multiply_few_panels(const Product& task, int64_t first, const float* x) {
+void multiply_few_panels(const Product& task, int64_t first, const uint8_t* end, const float* x) {
   const kvern_packed& w = task.w;
   const int64_t padded = kvern::padded_k(w), groups = padded / w.group;
-  const Tiles tiles = tiles_of<Int4Words>(w, first);
+  Tiles tiles = tiles_of<Int4Words>(w, first);
+  tiles.end = end, tiles.next = static_cast<const uint8_t*>(task.next);
   __m512 totals[P][M];
   clear<Avx512Sums, P, M>(totals);
   const uint8_t* tile = tiles.first;
@@ -81,7 +82,7 @@ void multiply_few_panels(const Product& task, int64_t first, const float* x) {
       __m512 even[P][M], odd[P][M];
       clear<Avx512Sums, P, M>(even);
       clear<Avx512Sums, P, M>(odd);
-      add_span<P, M>(tile, tiles.stride, x, padded, even, odd);
+      add_span<P, M>(tiles, tile, x, padded, even, odd);
       for (int p = 0; p < P; ++p) {
         for (int m = 0; m < M; ++m) sums[p][m] = _mm512_add_ps(sums[p][m], _mm512_add_ps(even[p][m], odd[p][m]));
       }
@@ -114,8 +115,10 @@ void multiply_few(const Product& task, int64_t first, int64_t last, const float*
   if constexpr (M > 1) {
     if (task.x.count < M) return multiply_few<M - 1>(task, first, last, x);
   }
-  for (; first + 2 <= last; first += 2) multiply_few_panels<2, M>(task, first, x);
-  if (first < last) multiply_few_panels<1, M>(task, first, x);
+  const int64_t panel_bytes = kvern::padded_k(task.w) / Int4Words::depth * kTileBytes;
+  const auto* end = static_cast<const uint8_t*>(task.w.tiles) + last * panel_bytes;
+  for (; first + 2 <= last; first += 2) multiply_few_panels<2, M>(task, first, end, x);
+  if (first < last) multiply_few_panels<1, M>(task, first, end, x);
 }
 
 // Many columns: kBlock columns of P panels are decoded once, into L1, and multiplied with each group of x in turn.
@@ -137,7 +140,7 @@ struct Many {
           const uint8_t* tile = tiles.at(begin / Int4Words::depth + t) + beside * kTileBytes;
           uint8_t* to = decoded[p + beside] + t * kSpanBytes / kSpanTiles;
           const __m512i words = _mm512_loadu_si512(tile);
-          __builtin_prefetch(tile + kAhead * tiles.stride, 0, 2);
+          __builtin_prefetch(tile + kAheadBytes, 0, 2);
           _mm512_store_si512(to, int4_pairs<0>(words));
           _mm512_store_si512(to + kTileBytes, int4_pairs<1>(words));
           _mm512_store_si512(to + 2 * kTileBytes, int4_pairs<2>(words));
