@@ -78,8 +78,7 @@ def _shape(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from recipes.nano.train import train
 
-    outcome = train(args.out, like=args.dense, overrides=args.overrides, resume=args.resume is not None)
-    return 0 if outcome.signal is None else 128 + outcome.signal
+    return train(args.out, like=args.dense, overrides=args.overrides, resume=args.resume is not None).exit_code
 
 
 def _measure(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ It is the command's own run in all else: the folder, its metrics, checkpoints, a
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from kvern.train.mesh import MeshOptions, Ranks, start
 from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, Sink, keep_until
 from kvern.train.rows import row_stream
 from kvern.train.run_folder import Claim, RunFolder, begin
+from kvern.train.stopping import Stopping
 from kvern.train.trainer import Outcome, Trainer
 from recipes.nano.phases import Phases
 from recipes.nano.shapes import Dense, dense
@@ -49,26 +51,37 @@ def train(
     config = _parsed(raw, out, overrides)
     second = _parsed({**raw, "data": later["data"]}, out, overrides)
     folder = RunFolder(out)
-    with ExitStack() as stack:
-        ranks = start(MeshOptions(**config.mesh.model_dump()))
-        stack.callback(ranks.close)
-        stack.callback(Claim(folder).release)
-        begin(folder, config, resume=resume)
-        with progress_bar(after=1.0) as progress:
-            rows = [row_stream(one, folder, ranks, progress) for one in (config, second)]
-        return _run(config, folder, ranks, Phases(rows[0], rows[1], later["from_row"]), stack)
+    with Stopping() as stopping:
+        stopping.at_once()
+        with ExitStack() as stack:
+            ranks = start(MeshOptions(**config.mesh.model_dump()))
+            stack.callback(ranks.close)
+            stack.callback(Claim(folder).release)
+            begin(folder, config, resume=resume)
+            with progress_bar(after=1.0) as progress:
+                rows = [row_stream(one, folder, ranks, progress, _say) for one in (config, second)]
+            outcome = _run(config, folder, ranks, Phases(rows[0], rows[1], later["from_row"]), stack, stopping)
+        _say(str(outcome))
+    return outcome
 
 
-def _run(config: TrainConfig, folder: RunFolder, ranks: Ranks, rows: Phases, stack: ExitStack) -> Outcome:
+def _run(
+    config: TrainConfig, folder: RunFolder, ranks: Ranks, rows: Phases, stack: ExitStack, stopping: Stopping
+) -> Outcome:
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks.is_first)
     stack.callback(checkpoints.close)
     trainer = Trainer(config, rows, ranks, checkpoints)
-    trainer.resume()
+    if trainer.resume():
+        _say(f"going on after step {trainer.progress.step}, {trainer.progress.tokens:,} tokens")
     limit = peak(ranks.device, config.precision.activation_dtype)
     keep_until(folder.metrics, trainer.progress.step)
     sinks: list[Sink] = [MetricsFile(folder.metrics), ProgressLine(config.steps, config.tokens, limit.source)]
     with Metrics(sinks) as metrics:
-        return trainer.run(metrics, limit)
+        return trainer.run(metrics, limit, stopping)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parsed(raw: dict[str, Any], out: Path, overrides: Sequence[str]) -> TrainConfig:

@@ -99,6 +99,20 @@ def test_a_folder_with_anything_else_is_left_alone(
     assert (tmp_path / "mine/thesis.txt").read_text() == "important"
 
 
+def test_it_says_what_there_is_to_learn_from_and_what_was_left_out(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus/empty.py").write_text("\n")
+    (tmp_path / "corpus/packed.py").write_bytes(b"\x00\xff\xfe")
+    argv = ["train", str(settings), "--out", str(tmp_path / "run"), "--set", "steps=1"]
+    source = f"data.sources=[{{path={json.dumps(str(tmp_path / 'corpus'))}, skip=true}}]"
+    for more in (["--set", source], ["--set", source, "--set", "steps=2", "--resume", "auto"]):
+        assert main([*argv, *more]) == 0
+        first = capsys.readouterr().err.splitlines()[0]
+        assert first.startswith(f"{tmp_path / 'corpus'}: 2 documents, ")
+        assert first.endswith(" tokens; left out: 1 binary, 1 empty")
+
+
 def test_wrong_input_is_named(settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*overrides: str) -> str:
         flags = [part for override in overrides for part in ("--set", override)]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,30 @@ def test_two_mixtures_in_one_run_which_goes_on(tmp_path: Path, files: tuple[Path
     train(tmp_path / "later", first=first, anneal=other)
     assert losses(tmp_path / "later")[:2] == losses(tmp_path / "whole")[:2]
     assert losses(tmp_path / "later")[2] != losses(tmp_path / "whole")[2]
+
+
+def test_a_signal_ends_it_with_a_word_of_how_to_go_on(
+    tmp_path: Path, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def stop() -> None:
+        while not metrics.exists() or not metrics.stat().st_size:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    outcome = train(tmp_path / "run", first=files[0], anneal=files[1], overrides=["steps=1000"])
+    assert outcome.exit_code == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert "m.py: 1 documents, " in said
+    assert "chats.jsonl: 100 documents, " in said
+    assert said.endswith(f"stopped by SIGTERM after step {outcome.progress.step}; --resume auto goes on\n")
+    assert (tmp_path / f"run/checkpoints/step-{outcome.progress.step:08}").exists()
+    train(
+        tmp_path / "run", first=files[0], anneal=files[1], overrides=[f"steps={outcome.progress.step + 1}"], resume=True
+    )
+    assert f"going on after step {outcome.progress.step}, " in capsys.readouterr().err
 
 
 def test_a_dense_model_runs_on_the_same_rows(tmp_path: Path, files: tuple[Path, Path]) -> None:

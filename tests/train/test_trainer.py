@@ -28,7 +28,8 @@ from kvern.data.row_stream import Row
 from kvern.errors import ConfigError, TrainingError
 from kvern.train.checkpoint import complete
 from kvern.train.experts import checkpoint_state
-from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, StepMetrics
+from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, Sink, StepMetrics
+from kvern.train.stopping import Stopping
 from kvern.train.trainer import Trainer
 
 
@@ -181,6 +182,7 @@ class Stopper(ProgressLine):
     def write(self, row: StepMetrics) -> None:
         if row.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # make's own, and the one that it hands on
 
 
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) -> None:
@@ -188,8 +190,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path) 
     (tmp_path / "run").mkdir()
     run = trainer(config(steps=4), tmp_path / "run")
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Metrics([MetricsFile(tmp_path / "run/metrics.jsonl"), Stopper(4, None, "")]) as metrics:
-        outcome = run.run(metrics, PEAK)
+    sinks: list[Sink] = [MetricsFile(tmp_path / "run/metrics.jsonl"), Stopper(4, None, "")]
+    with Stopping() as stopping, Metrics(sinks) as metrics:
+        outcome = run.run(metrics, PEAK, stopping)
     run.checkpoints.close()
     assert (outcome.signal, outcome.progress.step) == (signal.SIGTERM, 2)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kvern.train.config import TrainConfig
     from kvern.train.mesh import Ranks
     from kvern.train.run_folder import RunFolder
+    from kvern.train.stopping import Stopping
     from kvern.train.trainer import Outcome
 
 HELP = "train a model of the DeepSeek-V3 architecture: `kvern train plot` draws its curves"
@@ -51,26 +53,28 @@ def run(args: argparse.Namespace) -> int:
     from kvern.train.config import load
     from kvern.train.mesh import MeshOptions, start
     from kvern.train.run_folder import Claim, RunFolder, begin
+    from kvern.train.stopping import Stopping
 
     config, folder = load(args.config, args.overrides), RunFolder(args.out)
-    with ExitStack() as stack:
-        ranks = start(MeshOptions(**config.mesh.model_dump()))
-        stack.callback(ranks.close)
-        _use_threads(args.threads, ranks)
-        if ranks.is_first:
-            stack.callback(Claim(folder).release)
-            begin(folder, config, resume=args.resume is not None)
-        ranks.barrier()
-        outcome = _train(config, folder, ranks, stack)
-    if outcome.signal is not None:
-        _say(ranks, f"stopped by {outcome.signal.name} after step {outcome.progress.step}; --resume auto goes on")
-    code = 0 if outcome.signal is None else 128 + outcome.signal
+    with Stopping() as stopping:
+        with ExitStack() as stack:
+            ranks = start(MeshOptions(**config.mesh.model_dump()))
+            stack.callback(ranks.close)
+            if ranks.world == 1:
+                stopping.at_once()
+            _use_threads(args.threads, ranks)
+            if ranks.is_first:
+                stack.callback(Claim(folder).release)
+                begin(folder, config, resume=args.resume is not None)
+            ranks.barrier()
+            outcome = _train(config, folder, ranks, stack, stopping)
+        _say(ranks, str(outcome))
     if ranks.world > 1:
-        _leave(code)
-    return code
+        _leave(outcome.exit_code)
+    return outcome.exit_code
 
 
-def _train(config: TrainConfig, folder: RunFolder, ranks: Ranks, stack: ExitStack) -> Outcome:
+def _train(config: TrainConfig, folder: RunFolder, ranks: Ranks, stack: ExitStack, stopping: Stopping) -> Outcome:
     from kvern.checkpoint.progress import progress_bar
     from kvern.train.checkpoint import Checkpoints
     from kvern.train.flops import peak
@@ -79,7 +83,7 @@ def _train(config: TrainConfig, folder: RunFolder, ranks: Ranks, stack: ExitStac
     from kvern.train.trainer import Trainer
 
     with progress_bar(after=1.0) as progress:
-        rows = row_stream(config, folder, ranks, progress)
+        rows = row_stream(config, folder, ranks, progress, partial(_say, ranks))
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, ranks.is_first)
     stack.callback(checkpoints.close)
     trainer = Trainer(config, rows, ranks, checkpoints)
@@ -93,7 +97,7 @@ def _train(config: TrainConfig, folder: RunFolder, ranks: Ranks, stack: ExitStac
         sinks.append(ProgressLine(config.steps, config.tokens, limit.source))
     with Metrics(sinks) as metrics:
         try:
-            return trainer.run(metrics, limit)
+            return trainer.run(metrics, limit, stopping)
         except KvernError as error:
             if ranks.is_first:
                 with folder.errors.open("a", encoding="utf-8") as log:

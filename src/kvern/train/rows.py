@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from kvern.data.build import Progress, TextSide, build
@@ -25,10 +26,17 @@ STDLIB = "{stdlib}"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def row_stream(config: TrainConfig, folder: RunFolder, ranks: Ranks, progress: Progress | None = None) -> RowStream:
+def row_stream(
+    config: TrainConfig,
+    folder: RunFolder,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> RowStream:
     """The rows to train on. The first rank tokenises what is not tokenised yet, while the others wait.
 
-    Raises ConfigError where the model's vocabulary is too small, DataError for files that cannot be used.
+    say: is told by the first rank, a line a source, how much there is and what was left out. Raises
+    ConfigError where the model's vocabulary is too small, DataError for files that cannot be used.
     """
     if ranks.is_first:
         place_tokenizer(config, folder.tokenizer)
@@ -37,6 +45,9 @@ def row_stream(config: TrainConfig, folder: RunFolder, ranks: Ranks, progress: P
         build(located(config.data), text, folder.data, progress)
     ranks.barrier()
     corpus = build(located(config.data), read_text_side(folder.tokenizer), folder.data)
+    if say is not None and ranks.is_first:
+        for source in corpus.sources:
+            say(str(source))
     return corpus.train(config.batch.length, config.seed)
 
 

@@ -4,7 +4,7 @@ A step's global batch is the rows [consumed, consumed + B) of the stream, of whi
 consumed + r + D and so on. B and the learning rate depend on tokens and steps alone, so where a run stands is three
 numbers (`checkpoint.Progress`), and a run that goes on computes what it would have computed.
 
-SIGTERM and SIGINT end it after the step that runs, with a checkpoint; a second one at once. All ranks agree on when.
+A signal ends it after the step that runs, with a checkpoint (`stopping.Stopping`). All ranks agree on when.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -35,6 +33,7 @@ from kvern.train.parallelize import parallelize
 from kvern.train.recompute import recompute
 from kvern.train.start import open_masters
 from kvern.train.step import Learner, StepResult, StepSettings
+from kvern.train.stopping import Stopping
 
 
 class Rows(Protocol):
@@ -50,10 +49,21 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended; `signal`: what stopped it before its end."""
+    """Where a run ended; `signal`: what stopped it before its end (SIGTERM where another rank heard it alone)."""
 
     progress: Progress
     signal: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0: to the end; 128 and the signal's number: stopped by one."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __str__(self) -> str:
+        """What a user reads at the end."""
+        if self.signal is None:
+            return f"trained to the end: step {self.progress.step}, {self.progress.tokens:,} tokens"
+        return f"stopped by {self.signal.name} after step {self.progress.step}; --resume auto goes on"
 
 
 class Trainer:
@@ -90,23 +100,24 @@ class Trainer:
         self.progress = progress
         return True
 
-    def run(self, metrics: Metrics, peak: Peak) -> Outcome:
-        """Train to the end, or until a signal. Raises TrainingError where numbers are not finite."""
-        saved = self.progress.step
-        with stop_signals() as stopped:
-            while not self._is_done():
-                metrics.write(self.step(peak))
-                stopping = self._agree(stopped)
-                every = self.config.checkpoint.every
-                if stopping or self._is_done() or (every and self.progress.step % every == 0):
-                    self.save()
-                    saved = self.progress.step
-                if stopping:
-                    break
-            if saved < self.progress.step:
+    def run(self, metrics: Metrics, peak: Peak, stopping: Stopping | None = None) -> Outcome:
+        """Train to the end, or until `stopping` has heard a signal. TrainingError where numbers are not finite."""
+        if stopping is not None:
+            stopping.after_step()
+        saved, is_stopped = self.progress.step, False
+        while not self._is_done():
+            metrics.write(self.step(peak))
+            is_stopped = self._agree(stopping)
+            every = self.config.checkpoint.every
+            if is_stopped or self._is_done() or (every and self.progress.step % every == 0):
                 self.save()
-            self.checkpoints.wait()
-        return Outcome(self.progress, stopped[0] if stopped else None)
+                saved = self.progress.step
+            if is_stopped:
+                break
+        if saved < self.progress.step:
+            self.save()
+        self.checkpoints.wait()
+        return Outcome(self.progress, _heard(stopping) or (signal.SIGTERM if is_stopped else None))
 
     def save(self) -> None:
         """Begin a checkpoint of where the run is."""
@@ -175,9 +186,9 @@ class Trainer:
         assert config.tokens is not None
         return self.progress.tokens >= config.tokens
 
-    def _agree(self, stopped: list[signal.Signals]) -> bool:
+    def _agree(self, stopping: Stopping | None) -> bool:
         """Whether any rank was told to stop."""
-        votes = torch.tensor([len(stopped)], device=self.ranks.device)
+        votes = torch.tensor([int(_heard(stopping) is not None)], device=self.ranks.device)
         self.ranks.sum(votes)
         return bool(votes.item())
 
@@ -214,21 +225,5 @@ def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
     return model
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that gets SIGTERM or SIGINT when one comes; the next one acts as ever."""
-    heard: list[signal.Signals] = []
-    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(signal.Signals(number))
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-    for one in before:
-        signal.signal(one, hear)
-    try:
-        yield heard
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+def _heard(stopping: Stopping | None) -> signal.Signals | None:
+    return None if stopping is None else stopping.signal
