@@ -81,7 +81,7 @@ class Engines:
     def _llama(self, case: Case) -> Command:
         if case.avx2 and not self.allow_avx2:
             raise NotAvailable("the AVX2 build is made with --avx2 or --full")
-        tools = self.setup.llama_tools(avx2=case.avx2, amx=self.checkpoints.model != "base")
+        tools = self.setup.llama_tools(avx2=case.avx2, amx=self._llama_amx_works(case))
         model = self.checkpoints.gguf(case.bits)
         if case.batch > 1 or case.test == "memory":
             return Command(tuple(batched_arguments(tools, model, case)), read_batched)
@@ -90,6 +90,10 @@ class Engines:
         argv += ["-d", str(case.depth), "-r", "1", "-o", "jsonl"]
         argv += ["--no-warmup"] if case.test == "prefill" and case.tokens > 512 else []
         return Command(tuple(argv), read_llama_bench)
+
+    def _llama_amx_works(self, case: Case) -> bool:
+        """Not with latent attention (an assertion), nor with several rows at a time (a segmentation fault)."""
+        return self.checkpoints.model != "base" and case.batch == 1 and case.test == "decode"
 
     def _ik(self, case: Case) -> Command:
         python, model = self.setup.ik_python(), self.checkpoints.gguf(case.bits)
