@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,10 @@ def held(activations: Activations) -> int:
     """Bytes that wait for the backward pass, but for the head's gradients, which both losses compute at once."""
     made = model(activations, torch.bfloat16, None, hidden_size=128, num_hidden_layers=4, first_k_dense_replace=4)
     training_loss(made, ROWS)  # what is made once
+    gc.collect()  # of that one's graph nothing is freed while the next one's is measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         loss = training_loss(made, ROWS).total
+        gc.collect()
     assert loss.requires_grad
     assert made.lm_head.weight is not None
     held = sum(int(event.self_cpu_memory_usage) for event in trace.key_averages())
@@ -56,7 +59,7 @@ def held(activations: Activations) -> int:
 def test_less_waits_for_the_backward_pass() -> None:
     none, norms, block = held("none"), held("norms"), held("block")
     assert block < 0.3 * none
-    assert block < norms < 0.75 * none
+    assert block < norms < 0.73 * none  # 0.70; norms kept: 0.89, SwiGLU: 0.76, the attention core: 0.82, results: 0.93
 
 
 @pytest.mark.parametrize("activations", ["norms", "block"])
