@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvern.ops import Fp8Recipe, fp8_hopper, fp8_linear, reference_fp8, scaled_product
+from kvern.ops import Fp8Recipe, fp8_codes, fp8_hopper, fp8_linear, reference_fp8, scaled_product
 from kvern.ops.fp8_linear import COLUMN_TILE, ROW_TILE, SMALLEST_AMAX, WEIGHT_BLOCK, retile
 from kvern.ops.reference import quantize_tiles
 
@@ -220,3 +220,17 @@ def test_padding_for_a_card_changes_nothing(rows: int, depth: int, outputs: int,
     a, a_scale, b, b_scale = (tensor.to("meta") for tensor in (a, a_scale, b, b_scale))
     accepted = fp8_hopper.torch_product(a, a_scale, b, b_scale, not tiles, torch.float32)
     assert accepted.shape == (a.shape[0], b.shape[0])
+
+
+@pytest.mark.parametrize("recipe", [Fp8Recipe(), Fp8Recipe(power_of_two=False), Fp8Recipe(tensorwise=True)])
+def test_given_codes_are_the_ones_it_would_make(recipe: Fp8Recipe) -> None:
+    gradients: list[list[Tensor]] = []
+    data, weights, dy = randn(3, 50, 200), (randn(130, 200), randn(130, 200)), randn(3, 50, 130)
+    for is_shared in (False, True):
+        x, gate, up = (one.clone().requires_grad_() for one in (data, *weights))
+        codes = fp8_codes(x, recipe) if is_shared else None
+        y = fp8_linear(x, gate, None, recipe, codes) * fp8_linear(x, up, None, recipe, codes)
+        torch.autograd.backward(y, dy)
+        gradients.append([y.detach(), *(one.grad for one in (x, gate, up) if one.grad is not None)])
+    assert len(gradients[0]) == 4
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

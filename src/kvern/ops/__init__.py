@@ -17,7 +17,9 @@ from kvern.ops import (
     triton_backends,
 )
 from kvern.ops.dispatch import Op
+from kvern.ops.fp8_linear import Codes as Codes
 from kvern.ops.fp8_linear import Fp8Recipe as Fp8Recipe
+from kvern.ops.fp8_linear import fp8_codes as fp8_codes
 from kvern.ops.fp8_linear import fp8_linear as fp8_linear
 from kvern.ops.fp8_linear import scaled_product as scaled_product
 from kvern.ops.grouped_linear import fp8_grouped_linear as fp8_grouped_linear

@@ -8,8 +8,9 @@ E4M3 everywhere, scale = amax / 448 of the tile, measured at each call. x is kep
 a number, and tiled again for Wgrad from those codes; with power-of-two scales (the default for x) that changes codes by
 an exponent only, so it costs nothing unless a number falls under the larger tile's smallest. Sums and dW are FP32.
 
-What it gives up: two layers with one input (gate_proj and up_proj) each keep their own codes of it, and second
-derivatives. Source: DeepSeek-V3 technical report, section 3.3 and appendix B.
+Two layers with one input (gate_proj and up_proj) share its codes where they are given (`fp8_codes`). What it gives up:
+each tiles them again for its own Wgrad; and second derivatives.
+Source: DeepSeek-V3 technical report, section 3.3 and appendix B.
 """
 
 from __future__ import annotations
@@ -53,13 +54,31 @@ class Fp8Recipe:
 ROW_TILE, COLUMN_TILE, WEIGHT_BLOCK = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: Fp8Recipe | None = None) -> Tensor:
+Codes = tuple[Tensor, Tensor]
+"""Of x [.., K], as [T, K] in E4M3, with their scales."""
+
+
+def fp8_codes(x: Tensor, recipe: Fp8Recipe) -> Codes:
+    """What `fp8_linear` makes of x [.., K], for several that have the same x and recipe."""
+    with torch.no_grad():
+        return recipe.quantize(x.reshape(-1, x.shape[-1]), ROW_TILE, recipe.power_of_two)
+
+
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    recipe: Fp8Recipe | None = None,
+    codes: Codes | None = None,
+) -> Tensor:
     """x [.., K] times weight [N, K] transposed, plus bias [N]: the three products in FP8; returns [.., N] in x.dtype.
 
-    x and weight in float32 or bfloat16. Sizes need not be multiples of 128. NaN and infinity in a tile come out as NaN.
+    x and weight in float32 or bfloat16. codes: `fp8_codes` of x, where they are there already. Sizes need not
+    be multiples of 128. NaN and infinity in a tile come out as NaN.
     """
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Fp8Product.apply(flat, weight, recipe or Fp8Recipe())  # type: ignore[no-untyped-call]
+    recipe = recipe or Fp8Recipe()
+    out: Tensor = _Fp8Product.apply(flat, weight, recipe, *(codes or fp8_codes(x, recipe)))  # type: ignore[no-untyped-call]
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)
 
@@ -68,8 +87,7 @@ class _Fp8Product(torch.autograd.Function):
     """x [T, K], weight [N, K] -> [T, N]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
-        codes, scale = recipe.quantize(x, ROW_TILE, recipe.power_of_two)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe, codes: Tensor, scale: Tensor) -> Tensor:
         blocks, block_scale = recipe.quantize(weight, WEIGHT_BLOCK)
         ctx.save_for_backward(codes, scale, blocks, block_scale)
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, weight.dtype)
@@ -77,13 +95,13 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         codes, scale, blocks, block_scale = ctx.saved_tensors
         dx = dgrad(dy, blocks, block_scale, ctx.recipe, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
             dw = wgrad(dy, *retile(codes, scale, ctx.recipe), ctx.recipe, ctx.dtypes[1])
-        return dx, dw, None
+        return dx, dw, None, None, None
 
 
 def dgrad(dy: Tensor, blocks: Tensor, block_scale: Tensor, recipe: Fp8Recipe, dtype: torch.dtype) -> Tensor:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvern import ops
 from kvern.errors import ConfigError
 from kvern.model import Transformer
-from kvern.model.linear import Linear, RMSNorm
+from kvern.model.linear import MLP, Linear, RMSNorm
 from kvern.model.mtp import MTPLayer
-from kvern.ops import Fp8Recipe
+from kvern.ops import Codes, Fp8Recipe
 from kvern.train.experts import GATE_UP, GroupedExperts, group_experts
 
 INITIAL_STD = 0.006
@@ -34,10 +34,24 @@ class Fp8Linear(Linear):
         super().__init__(linear.inputs, linear.outputs, torch.float32, "meta")
         self.weight, self.bias, self.recipe = linear.weight, linear.bias, recipe
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., in] -> [.., out] in x.dtype."""
+    def forward(self, x: Tensor, codes: Codes | None = None) -> Tensor:
+        """x [.., in] -> [.., out] in x.dtype; codes: x in FP8, where it is there already."""
         assert self.weight is not None
-        return ops.fp8_linear(x, self.weight, self.bias, self.recipe)
+        return ops.fp8_linear(x, self.weight, self.bias, self.recipe, codes)
+
+
+class Fp8MLP(MLP):
+    """An MLP over the same Linears, all in FP8, that quantises the input of gate and up once."""
+
+    def __init__(self, mlp: MLP, recipe: Fp8Recipe) -> None:
+        nn.Module.__init__(self)
+        self.gate_proj, self.up_proj, self.down_proj, self.recipe = mlp.gate_proj, mlp.up_proj, mlp.down_proj, recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., hidden] -> [.., hidden]."""
+        codes = ops.fp8_codes(x, self.recipe)
+        out: Tensor = self.down_proj(self.activate(self.gate_proj(x, codes), self.up_proj(x, codes)))
+        return out
 
 
 class LossHead(Linear):
@@ -114,3 +128,7 @@ def _use_fp8(model: Transformer, recipe: Fp8Recipe) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is Linear and name not in KEPT_PRECISE:
                 setattr(parent, name, Fp8Linear(child, recipe))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is MLP:
+                setattr(parent, name, Fp8MLP(child, recipe))
