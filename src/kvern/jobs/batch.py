@@ -210,7 +210,10 @@ class BatchRunner:
                     task.add_done_callback(partial(ended, line))
 
     async def _row(self, batch: Batch, line: int) -> None:
-        row, key, known = await self._in_thread(self._look_up, batch, line)
+        found = await self._in_thread(self._look_up, batch, line)
+        if found is None:  # another runner was first
+            return
+        row, key, known = found
         row_id = _row_id(batch.id, line)
         body = body_asked(row.request, batch.endpoint)
         if known is not None:
@@ -231,9 +234,11 @@ class BatchRunner:
 
     # What follows runs in the store's threads.
 
-    def _look_up(self, batch: Batch, line: int) -> tuple[batch_rows.Row, str | None, bytes | None]:
+    def _look_up(self, batch: Batch, line: int) -> tuple[batch_rows.Row, str | None, bytes | None] | None:
         with self._store.read() as connection:
             row = batch_rows.row(connection, batch.id, line)
+            if row is None:
+                return None
             body = body_asked(row.request, batch.endpoint)
             key = request_cache.key(self._model.revision, batch.owner, batch.endpoint, body)
             return row, key, None if key is None else batch_rows.answer(connection, key)

@@ -76,11 +76,12 @@ def waiting(connection: Connection, batch_id: str) -> list[tuple[int, int]]:
     return [(line, prefix) for line, prefix in connection.execute(statement.order_by(ROWS.c.rank))]
 
 
-def row(connection: Connection, batch_id: str, line: int) -> Row:
-    """A row that waits."""
+def row(connection: Connection, batch_id: str, line: int) -> Row | None:
+    """A row that waits; None where it waits no more."""
     fields = [ROWS.c[name] for name in Row.__dataclass_fields__]
-    statement = select(*fields).where(ROWS.c.batch_id == batch_id, ROWS.c.line == line)
-    return Row(**connection.execute(statement).one()._mapping)
+    its = ROWS.c.batch_id == batch_id, ROWS.c.line == line, ROWS.c.state == WAITING
+    found = connection.execute(select(*fields).where(*its)).one_or_none()
+    return None if found is None else Row(**found._mapping)
 
 
 def answer(connection: Connection, key: str) -> bytes | None:

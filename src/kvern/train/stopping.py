@@ -55,8 +55,7 @@ class Stopping:
             if not self._waits:
                 raise KeyboardInterrupt
         elif now >= self._time + SAME:
-            self._restore()
-            signal.raise_signal(number)
+            raise KeyboardInterrupt
 
     def _restore(self) -> None:
         for one, handler in self._before.items():
