@@ -236,13 +236,18 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}" if field.default is None else f"{field.description} (default: {field.default})"
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's tables. ConfigError for one that cannot be read."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # malformed TOML or UTF-8
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    content = read_toml(path)
     for name in content:
         if name != TABLE:
             raise ConfigError(f"{path}: unknown table or key {name!r}", hint=f"settings belong under [{TABLE}]")
@@ -255,11 +260,12 @@ def _read_table(path: Path) -> dict[str, Any]:
 def _check_environment(names: Iterable[str]) -> None:
     known = {PREFIX + name.upper() for name in ServeSettings.model_fields}
     for name in names:
-        if name.startswith(PREFIX) and name not in known and (near := _nearest(name, known, 0.85)):
+        if name.startswith(PREFIX) and name not in known and (near := nearest(name, known, 0.85)):
             raise ConfigError(f"unknown environment variable {name}", hint=f"did you mean {near}?")
 
 
-def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that an unknown one was most likely meant to be; None where none is like it."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
@@ -269,7 +275,7 @@ def _as_config_error(
     first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        near = _nearest(name, ServeSettings.model_fields)
+        near = nearest(name, ServeSettings.model_fields)
         return ConfigError(f"{path}: unknown setting {name!r}", hint=f"did you mean {near!r}?" if near else None)
     env = PREFIX + name.upper()
     flag = name if name == "model" else f"--{name.replace('_', '-')}"

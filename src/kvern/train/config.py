@@ -12,7 +12,6 @@ rounding, its length and what it writes (`MAY_CHANGE`).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import tomllib
@@ -30,6 +29,7 @@ from kvern.config.model_config import ALIASES, INERT, REQUIRED
 from kvern.data.options import DataOptions
 from kvern.errors import ConfigError
 from kvern.ops import Fp8Recipe
+from kvern.settings import nearest, read_toml
 from kvern.train import optim
 from kvern.train.balance import ALPHA, GAMMA, GAMMA_TOKENS
 from kvern.train.loss import LossOptions, MTPWeight
@@ -241,12 +241,7 @@ class TrainConfig(Table):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a file; `overrides` are `dotted.key=value`, the value in TOML or plain text. Raises ConfigError."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # malformed TOML or UTF-8
-        raise ConfigError(f"{path}: {error}") from error
+    raw = read_toml(path)
     for override in overrides:
         _set(raw, override)
     return parse(raw)
@@ -336,8 +331,8 @@ def _is_table(kind: Any) -> bool:
 
 
 def _did_you_mean(name: str, known: Iterable[str], prefix: str) -> str | None:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {prefix}{near[0]}?" if near else None
+    near = nearest(name, known)
+    return f"did you mean {prefix}{near}?" if near else None
 
 
 def _set(raw: dict[str, Any], override: str) -> None:

@@ -6,15 +6,15 @@ value asks for nothing (`tools: []`). Every refusal is a BadRequestError; `param
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from kvern.errors import BadRequestError
+from kvern.settings import nearest
 from kvern.wire.fields import SamplingFields
 
 Inert = Mapping[str, tuple[Any, ...]]
@@ -106,9 +106,5 @@ def _shown(part: int | str) -> str:
 
 
 def _did_you_mean(name: str, model: type[BaseModel]) -> str | None:
-    near = _nearest(name, model.model_fields)
+    near = nearest(name, model.model_fields)
     return None if near is None else f"did you mean {near!r}?"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
