@@ -292,7 +292,7 @@ def _write_shard(shard: PlacedShard, done: int, total: int, progress: Progress |
         stream.truncate(shard.nbytes)
         stream.flush()
         os.fsync(stream.fileno())
-    _rename(part, shard.path)
+    rename(part, shard.path)
     return done
 
 
@@ -323,18 +323,20 @@ def _part(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, and on the disk when this returns. Raises CheckpointError."""
     part = _part(path)
     try:
         with part.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        _rename(part, path)
+        rename(part, path)
     except OSError as error:
         raise _write_error(error, path) from error
 
 
-def _rename(part: Path, path: Path) -> None:
+def rename(part: Path, path: Path) -> None:
+    """Give a finished file or folder its name, in place of the file that had it, and wait until the disk knows."""
     part.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

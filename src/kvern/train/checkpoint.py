@@ -13,7 +13,6 @@ wrote. What it gives up: memory for one copy of the state while it is written.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from kvern.checkpoint.save import rename, write_file
 from kvern.errors import CheckpointError
 from kvern.train.optim import MOMENTS, AdamW
 
@@ -106,9 +106,8 @@ class Checkpoints:
         part = final.with_name(final.name + PART)
         save(staged, checkpoint_id=part, process_group=self._group)
         if self._is_first:
-            _write_durably(part / PROGRESS, json.dumps(asdict(progress), indent=1) + "\n")
-            part.rename(final)
-            _sync(self.folder)
+            write_file(part / PROGRESS, (json.dumps(asdict(progress), indent=1) + "\n").encode())
+            rename(part, final)
             for old in complete(self.folder)[: -self._keep]:
                 shutil.rmtree(old)
 
@@ -171,21 +170,6 @@ def _moments(optimizer: AdamW, parameter: Tensor) -> dict[str, Any]:
         for moment in MOMENTS:
             moments[moment] = torch.zeros_like(parameter, dtype=optimizer.moments)
     return moments
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from kvern.checkpoint.save import write_file
 from kvern.errors import CheckpointError, ConfigError
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -184,12 +184,7 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in read(path) if row["step"] <= step]
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    write_file(path, "".join(kept).encode())
 
 
 def _short(count: float) -> str:

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvern.checkpoint.save import write_file
 from kvern.errors import ConfigError, KvernError
 from kvern.train.checkpoint import complete
 from kvern.train.config import TrainConfig, load
@@ -86,9 +87,7 @@ def begin(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
         foreign := [entry.name for entry in sorted(folder.path.iterdir()) if entry.name != ".lock"]
     ):
         raise ConfigError(f"{folder.path} is not empty: it holds {foreign[0]}", hint="name a new folder as --out")
-    part = folder.config.with_suffix(".part")
-    part.write_text(config.toml(), encoding="utf-8")
-    part.rename(folder.config)
+    write_file(folder.config, config.toml().encode())
 
 
 def check_same(before: TrainConfig, now: TrainConfig, where: Path) -> None:
