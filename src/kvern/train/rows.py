@@ -38,16 +38,18 @@ def row_stream(
     say: is told by the first rank, a line a source, how much there is and what was left out. Raises
     ConfigError where the model's vocabulary is too small, DataError for files that cannot be used.
     """
-    if ranks.is_first:
+    if not ranks.is_first:
+        ranks.barrier()
+        corpus = build(located(config.data), read_text_side(folder.tokenizer), folder.data)
+    else:
         place_tokenizer(config, folder.tokenizer)
         text = read_text_side(folder.tokenizer)
         _check_vocabulary(text.tokenizer, config)
-        build(located(config.data), text, folder.data, progress)
-    ranks.barrier()
-    corpus = build(located(config.data), read_text_side(folder.tokenizer), folder.data)
-    if say is not None and ranks.is_first:
-        for source in corpus.sources:
-            say(str(source))
+        corpus = build(located(config.data), text, folder.data, progress)
+        ranks.barrier()
+        if say is not None:
+            for source in corpus.sources:
+                say(str(source))
     return corpus.train(config.batch.length, config.seed)
 
 
