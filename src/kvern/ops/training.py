@@ -129,7 +129,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        dgate, dup = torch.empty_like(dy), torch.empty_like(dy)
+        dgate, dup = torch.empty(dy.shape, dtype=dy.dtype), torch.empty(dy.shape, dtype=dy.dtype)
         native.swiglu_backward(dgate, dup, dy.contiguous(), *ctx.saved_tensors)
         return dgate, dup
 
