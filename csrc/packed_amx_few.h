@@ -1,7 +1,7 @@
 // Packed products on AMX tiles with one group of columns of x: what they wait for is memory.
 //
 // The panels of a call lie in one stream, pair by pair, cut into spans of 32 columns. While the tile unit multiplies one
-// span, the next is decoded into L1 and what comes kAhead bytes later is asked for, at the end of the stream what the
+// span, the next is decoded into L1 and what comes kAheadBytes later is asked for, at the end of the stream what the
 // thread reads next: so memory never waits for sums, nor at the border of two panels. Sums are scaled a group later, when
 // the tiles are done. The order of additions of a row of y is that of any other number of columns (packed_amx.cpp).
 #pragma once
@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kSpan = 32;       // columns of W in a tile
 constexpr int64_t kTileRows = 16;   // columns of x in a tile, at most
-constexpr int64_t kAhead = 4096;    // bytes of the stream that are fetched into L2 before their turn
-constexpr int64_t kNear = 512;      // and into L1
 
 // K gives depth, is_decoded, is_scaled, and decode_tile(stored, decoded) for the kinds that are decoded.
 template <class K>
@@ -56,7 +54,7 @@ class FewColumns {
         const int64_t at = (t * P + p) * kTileBytes;
         if constexpr (K::is_decoded) K::decode_tile(stored + at, to[p] + t * kDecoded / kTiles);
         __builtin_prefetch(ahead + at, 0, 2);
-        __builtin_prefetch(stored + kNear + at, 0, 3);
+        __builtin_prefetch(stored + kNearBytes + at, 0, 3);
       }
     }
   }
@@ -79,17 +77,13 @@ class FewColumns {
     const int64_t spans = kvern::padded_k(task.w) / kSpan, all = count * spans;
     const int64_t groups = (spans * kSpan + kDepth - 1) / kDepth, of_group = K::is_scaled ? kDepth / kSpan : spans;
     const uint8_t* stored = tiles(first);
-    const uint8_t* end = stored + all * kBytes;
-    const auto ahead_of = [&](const uint8_t* at) {
-      if (at + kAhead < end) return at + kAhead;
-      return next ? next + (at + kAhead - end) : at;
-    };
-    if (all) decode<P>(stored, ahead_of(stored), decoded[0]);
+    const Tiles stream{stored, kTileBytes, P * kTileBytes, stored + all * kBytes, next};
+    if (all) decode<P>(stored, stream.ahead(stored), decoded[0]);
     Waiting waiting{};
     int64_t span = 0, panel = first;
     int turn = 0;
     for (int64_t s = 0; s < all; ++s, stored += kBytes) {
-      if (s + 1 < all) decode<P>(stored + kBytes, ahead_of(stored + kBytes), decoded[(s + 1) % kTurns]);
+      if (s + 1 < all) decode<P>(stored + kBytes, stream.ahead(stored + kBytes), decoded[(s + 1) % kTurns]);
       if (span % of_group == 0) kvern::clear_sums<P>();
       kvern::finish_stores();
       const uint8_t* w = K::is_decoded ? decoded[s % kTurns][0] : stored;

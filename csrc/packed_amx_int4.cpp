@@ -67,11 +67,10 @@ template <int P, int M>
 }
 
 template <int P, int M>
-void multiply_few_panels(const Product& task, int64_t first, const uint8_t* end, const float* x) {
+void multiply_few_panels(const Product& task, int64_t first, int64_t last, const float* x) {
   const kvern_packed& w = task.w;
   const int64_t padded = kvern::padded_k(w), groups = padded / w.group;
-  Tiles tiles = tiles_of<Int4Words>(w, first);
-  tiles.end = end, tiles.next = static_cast<const uint8_t*>(task.next);
+  const Tiles tiles = stream_of<Int4Words>(task, first, last);
   __m512 totals[P][M];
   clear<Avx512Sums, P, M>(totals);
   const uint8_t* tile = tiles.first;
@@ -115,10 +114,8 @@ void multiply_few(const Product& task, int64_t first, int64_t last, const float*
   if constexpr (M > 1) {
     if (task.x.count < M) return multiply_few<M - 1>(task, first, last, x);
   }
-  const int64_t panel_bytes = kvern::padded_k(task.w) / Int4Words::depth * kTileBytes;
-  const auto* end = static_cast<const uint8_t*>(task.w.tiles) + last * panel_bytes;
-  for (; first + 2 <= last; first += 2) multiply_few_panels<2, M>(task, first, end, x);
-  if (first < last) multiply_few_panels<1, M>(task, first, end, x);
+  for (; first + 2 <= last; first += 2) multiply_few_panels<2, M>(task, first, last, x);
+  if (first < last) multiply_few_panels<1, M>(task, first, last, x);
 }
 
 // Many columns: kBlock columns of P panels are decoded once, into L1, and multiplied with each group of x in turn.

@@ -195,17 +195,23 @@ Tiles tiles_of(const kvern_packed& w, int64_t panel) {
   return {static_cast<const uint8_t*>(w.tiles) + place.offset, kTileBytes, place.stride};
 }
 
+// The tiles of the panels from `panel` up to `last`, after which the thread reads what the task says.
+template <class K>
+Tiles stream_of(const Product& task, int64_t panel, int64_t last) {
+  Tiles tiles = tiles_of<K>(task.w, panel);
+  tiles.end = static_cast<const uint8_t*>(task.w.tiles) + last * (kvern::padded_k(task.w) / K::depth * kTileBytes);
+  tiles.next = static_cast<const uint8_t*>(task.next);
+  return tiles;
+}
+
 // All columns of x in one group: tiles are decoded straight into registers. `first` is even.
 template <class V, class K, int P, int M>
 void direct(const Product& task, int64_t first, int64_t last) {
   const int64_t padded = kvern::padded_k(task.w);
-  const auto* end = static_cast<const uint8_t*>(task.w.tiles) + last * (padded / K::depth * kTileBytes);
   for (; first + P <= last; first += P) {
     alignas(64) float totals[M * P * kLanes] = {};
     const Panels<V, K, P, M> panels{task.w, padded, first};
-    Tiles tiles = tiles_of<K>(task.w, first);
-    tiles.end = end, tiles.next = static_cast<const uint8_t*>(task.next);
-    panels.template add<K>(tiles, 0, padded, task.x.data, totals, P);
+    panels.template add<K>(stream_of<K>(task, first, last), 0, padded, task.x.data, totals, P);
     deliver<V>(task, first, P, totals, P, 0, M);
   }
   if constexpr (P > 1) direct<V, K, 1, M>(task, first, last);
