@@ -24,31 +24,34 @@ PADDED_VOCABULARY = 320
 CONTEXT = 256
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": PADDED_VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "max_position_embeddings": CONTEXT,
+    "torch_dtype": "float32",
+}
+"""config.json of two layers, one of them MoE; the vocabulary is padded."""
+
+
 def tiny_config(**changes: Any) -> ModelConfig:
-    """Two layers, one of them MoE; the vocabulary is padded."""
-    fields: dict[str, Any] = {
-        "vocab_size": PADDED_VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "kv_lora_rank": 16,
-        "q_lora_rank": None,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 0,
-        "max_position_embeddings": CONTEXT,
-        "torch_dtype": "float32",
-    }
-    return ModelConfig(**{**fields, **changes})
+    """TINY, with changes."""
+    return ModelConfig(**{**TINY, **changes})
 
 
 def tiny_model(config: ModelConfig) -> Transformer:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tests.tiny import TINY
 
 from kvern.data.row_stream import Row
 from kvern.train.checkpoint import Checkpoints
@@ -18,23 +19,9 @@ from kvern.train.trainer import Outcome, Trainer
 
 LENGTH, VOCABULARY = 32, 64
 MODEL: dict[str, Any] = {
+    **TINY,
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "kv_lora_rank": 16,
     "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
