@@ -32,7 +32,7 @@ def test_help_needs_nothing_heavy() -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0
-    assert time.monotonic() - started < 3  # 0.1 s on an idle machine
+    assert time.monotonic() - started < 10  # 0.1 s on an idle machine
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,8 +76,8 @@ def test_a_place_that_was_lost_is_forgotten() -> None:
 def test_a_proposal_costs_the_same_however_much_repeats(tokens: list[int]) -> None:
     drafter = NgramDrafter(tokens)
     drafter.propose(16)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(200):
         tokens.append(tokens[-2])
         drafter.propose(16)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

@@ -254,7 +254,7 @@ def test_a_delivery_that_fails_while_stopping_does_not_keep_the_thread(
     inbox.faults = 1
     begun = time.monotonic()
     service.stop()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
     assert inbox.of(number)[-1].finish == "error"
     assert caplog.records
 
@@ -280,7 +280,7 @@ def test_what_does_not_end_in_time_is_cancelled(engine: Watched, inbox: Inbox) -
     inbox.wait(lambda: bool(inbox.of(number)))
     begun = time.monotonic()
     service.stop(0.3)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
     assert [update.finish for update in inbox.of(number) if update.finish] == ["cancelled"]
     assert engine.stats().cache_blocks_used == 0
 
@@ -292,4 +292,4 @@ def test_stopping_an_idle_or_a_failed_engine_is_quick(engine: Watched, inbox: In
     inbox.wait(lambda: inbox.ended(number))
     begun = time.monotonic()
     service.stop(SECONDS)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10

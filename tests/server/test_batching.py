@@ -116,7 +116,8 @@ def test_a_batch_takes_half_of_the_queue_at_most(http: httpx.Client, engine: Scr
 def test_a_full_queue_is_waited_for(http: httpx.Client, engine: ScriptedEngine) -> None:
     engine.max_waiting = 0
     batch = start(http, 3, max_tokens=1)
-    time.sleep(0.5)
+    wait_until(lambda: get(http, batch)["status"] == "in_progress", seconds=20)
+    time.sleep(0.5)  # long enough for rows that were not held back to be answered
     assert get(http, batch)["request_counts"] == {"total": 3, "completed": 0, "failed": 0}
     engine.max_waiting = 8
     assert wait(http, batch)["request_counts"] == {"total": 3, "completed": 3, "failed": 0}
@@ -143,7 +144,7 @@ def test_a_server_that_stops_lets_go_of_its_batches(
         begun = time.monotonic()
         server.stop()
         server.thread.join(20)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 10
     again = ScriptedEngine()
     with (
         serving(lambda: LLM(tiny_folder, engine=again), **options) as server,
