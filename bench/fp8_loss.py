@@ -20,7 +20,7 @@ coarsely and from the first step, so its noise is at least this; the two seeds s
 Every run is a `kvern train` run in a folder of its own under --work (`fp8-blockwise-seed0`, ...). A study that was cut,
 in any way, goes on where it was with the same command. It first takes a few steps of every variant, which are the runs'
 own first steps, to say how long all will take. The order makes the first pairs useful: BF16 and blockwise FP8 of each
-seed, then the rerun, then tensorwise. Emulated FP8 takes three to five times as long as BF16.
+seed, then the rerun, then tensorwise. Emulated FP8 takes about twice as long as BF16.
 """
 
 from __future__ import annotations

@@ -86,7 +86,11 @@ int kvern_decode_latents(float* latents, const uint8_t* records, int64_t stride,
  *             each once
  *   cross_entropy  losses [rows] of logits [rows, columns], which become softmax - onehot(target) where `gradient`; a negative
  *             target has neither
- *   adamw     m += (g - m) first;  v = v second + g^2 (1 - second);  p = p decay - rate m / (sqrt(v correction) + eps); m, v in dtype */
+ *   adamw     m += (g - m) first;  v = v second + g^2 (1 - second);  p = p decay - rate m / (sqrt(v correction) + eps); m, v in dtype
+ *   quantize_tiles  codes [rows, columns] E4M3 of x [rows, columns], rows stride apart, and scale [ceil(rows / tile_rows),
+ *             ceil(columns / tile_columns)] = max(largest of the tile, smallest) / 448, rounded up to a power of two where wanted
+ *   dequantize_tiles  out [rows, columns] F32 = codes, rows stride apart, times scale
+ * 1 <= tile_columns <= 512; smallest >= 1e-30. A tile with NaN has NaN as its scale. */
 int kvern_rms_norm(void* y, float* inverse, const void* x, int64_t stride, const float* weight, int dtype, int64_t rows, int64_t size,
                    float eps);
 int kvern_rms_norm_backward(void* dx, float* dw, int64_t parts, const void* dy, const void* x, int64_t stride, const float* weight,
@@ -103,6 +107,10 @@ int kvern_combine_backward(void* drows, float* dweights, const void* dy, const v
 int kvern_cross_entropy(float* losses, void* logits, const int64_t* targets, int gradient, int dtype, int64_t rows, int64_t columns);
 int kvern_adamw(float* parameter, const float* gradient, void* mean, void* square, int dtype, int64_t count, float first, float second,
                 float decay, float rate, float correction, float eps);
+int kvern_quantize_tiles(uint8_t* codes, float* scale, const void* x, int64_t stride, int dtype, int64_t rows, int64_t columns,
+                         int64_t tile_rows, int64_t tile_columns, int power_of_two, float smallest);
+int kvern_dequantize_tiles(float* out, const uint8_t* codes, int64_t stride, const float* scale, int64_t rows, int64_t columns,
+                           int64_t tile_rows, int64_t tile_columns);
 
 /* Causal attention over keys and values rebuilt from the latents (MLA, expanded), softmax in FP32:
  *   out[t, h] = sum_c p[c] * kv[c, h, nope:],   p = softmax over c <= context - tokens + t of q[t, h] . k[c, h] * scale,

@@ -25,6 +25,11 @@ const TrainKernels& kernels() {
 
 bool is_float(int dtype) { return dtype == KVERN_F32 || dtype == KVERN_BF16; }
 
+bool has_tiles(int64_t rows, int64_t stride, int64_t columns, int64_t tile_rows, int64_t tile_columns) {
+  return columns >= 0 && stride >= columns && tile_rows >= 1 && tile_columns >= 1 && tile_columns <= kStripColumns &&
+         is_addressable({rows, stride}) && is_addressable({rows, tile_rows});
+}
+
 template <class Task>
 void run(void (*body)(const Task&, int64_t, int64_t), const Task& task, int64_t rows, int64_t size) {
   const int64_t step = std::max<int64_t>(1, kNumbersTogether / std::max<int64_t>(1, size));
@@ -33,6 +38,9 @@ void run(void (*body)(const Task&, int64_t, int64_t), const Task& task, int64_t 
       (rows + step - 1) / step,
       [](const void* context, int64_t index) { (*static_cast<const decltype(chunk)*>(context))(index); }, &chunk);
 }
+
+int64_t units_of(const TileTask& task) { return (task.rows + task.tile_rows - 1) / task.tile_rows * strips_of(task); }
+int64_t numbers_of(const TileTask& task) { return std::min(task.rows, task.tile_rows) * std::min(task.columns, strip_of(task)); }
 
 }  // namespace
 }  // namespace kvern
@@ -112,5 +120,24 @@ int kvern_adamw(float* parameter, const float* gradient, void* mean, void* squar
                 float decay, float rate, float correction, float eps) {
   if (!is_float(dtype) || !is_addressable({count})) return KVERN_BAD_ARGUMENT;
   run(kernels().adam[dtype], AdamTask{parameter, gradient, mean, square, first, second, decay, rate, correction, eps}, count, 1);
+  return KVERN_OK;
+}
+
+int kvern_quantize_tiles(uint8_t* codes, float* scale, const void* x, int64_t stride, int dtype, int64_t rows, int64_t columns,
+                         int64_t tile_rows, int64_t tile_columns, int power_of_two, float smallest) {
+  if (!is_float(dtype) || !(smallest >= 1e-30f) || !has_tiles(rows, stride, columns, tile_rows, tile_columns)) return KVERN_BAD_ARGUMENT;
+  if (columns == 0) return KVERN_OK;
+  const TileTask task{x, codes, scale, nullptr, stride, columns, rows, columns, tile_rows, tile_columns, smallest, power_of_two != 0};
+  run(kernels().quantize[dtype], task, units_of(task), numbers_of(task));
+  return KVERN_OK;
+}
+
+int kvern_dequantize_tiles(float* out, const uint8_t* codes, int64_t stride, const float* scale, int64_t rows, int64_t columns,
+                           int64_t tile_rows, int64_t tile_columns) {
+  if (!has_tiles(rows, stride, columns, tile_rows, tile_columns)) return KVERN_BAD_ARGUMENT;
+  if (columns == 0) return KVERN_OK;
+  const TileTask task{nullptr, const_cast<uint8_t*>(codes), const_cast<float*>(scale), out, 0, stride, rows, columns, tile_rows,
+                      tile_columns, 0, false};
+  run(kernels().dequantize, task, units_of(task), numbers_of(task));
   return KVERN_OK;
 }

@@ -1,4 +1,5 @@
-// The loops of a training step that are not products: norms, SwiGLU, rotations, adding up experts, cross entropy, AdamW.
+// The loops of a training step that are not products: norms, SwiGLU, rotations, adding up experts, cross entropy, AdamW,
+// and what FP8 adds: numbers to codes with a scale for each tile, and back.
 // Numbers are read and stored in `dtype` (F32 or BF16, rounded to nearest even) and computed in FP32.
 #pragma once
 
@@ -53,7 +54,22 @@ struct AdamTask {
   float first, second, decay, rate, correction, eps;  // see kvern_adamw
 };
 
-// Each over rows (tokens, numbers) [begin, end), for both dtypes: [0] F32, [1] BF16.
+struct TileTask {
+  const void* x;         // [rows, columns], rows x_stride apart
+  uint8_t* codes;        // E4M3 [rows, columns], rows code_stride apart
+  float* scale;          // [bands, ceil(columns / tile_columns)] dense; a band is tile_rows rows
+  float* out;            // [rows, columns] dense
+  int64_t x_stride, code_stride, rows, columns, tile_rows, tile_columns;
+  float smallest;        // of a tile's largest magnitude
+  bool power_of_two;
+};
+
+constexpr int64_t kStripColumns = 512;  // of a band that are held together; a tile has no more
+
+inline int64_t strip_of(const TileTask& task) { return kStripColumns / task.tile_columns * task.tile_columns; }
+inline int64_t strips_of(const TileTask& task) { return (task.columns + strip_of(task) - 1) / strip_of(task); }
+
+// Each over rows (tokens, numbers; strips of bands) [begin, end), for both dtypes: [0] F32, [1] BF16.
 struct TrainKernels {
   void (*norm[2])(const NormTask&, int64_t begin, int64_t end);
   void (*norm_back[2])(const NormTask&, int64_t begin, int64_t end);
@@ -64,6 +80,8 @@ struct TrainKernels {
   void (*combine_back[2])(const CombineTask&, int64_t begin, int64_t end);
   void (*entropy[2])(const EntropyTask&, int64_t begin, int64_t end);
   void (*adam[2])(const AdamTask&, int64_t begin, int64_t end);
+  void (*quantize[2])(const TileTask&, int64_t begin, int64_t end);
+  void (*dequantize)(const TileTask&, int64_t begin, int64_t end);
 };
 
 extern const TrainKernels kScalarTrain;

@@ -206,10 +206,110 @@ void adam(const AdamTask& task, int64_t begin, int64_t end) {
   }
 }
 
+// The bits of |value|: as integers they are ordered as the magnitudes are, with infinity and then NaN above all.
+inline int32_t magnitude(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits & 0x7fffffff;
+}
+
+// largest / 448, at least smallest / 448; rounded up to a power of two where wanted. NaN and infinity stay.
+inline float scale_of(int32_t largest, const TileTask& task) {
+  float amax;
+  std::memcpy(&amax, &largest, sizeof amax);
+  const float scale = (amax < task.smallest ? task.smallest : amax) / 448.0f;
+  int32_t bits = magnitude(scale);
+  if (!task.power_of_two || bits >= 0x7f800000 || (bits & 0x7fffff) == 0) return scale;
+  bits = (bits & 0x7f800000) + 0x800000;
+  float up;
+  std::memcpy(&up, &bits, sizeof up);
+  return up;
+}
+
+// To the nearest E4M3, ties to even; NaN for NaN and for what is nearer to 480 than to 448. A number under 2^-6 is rounded
+// to a multiple of 2^-9 by adding 2^14, whose last bit that is.
+inline uint32_t e4m3(float value) {
+  uint32_t bits, rounded;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t size = bits & 0x7fffffff;
+  float shifted;
+  std::memcpy(&shifted, &size, sizeof size);
+  shifted += 16384.0f;
+  std::memcpy(&rounded, &shifted, sizeof rounded);
+  const uint32_t normal = (size + 0x7ffff + (size >> 20 & 1) - (120u << 23)) >> 20;
+  const uint32_t finite = size < (121u << 23) ? rounded - 0x46800000 : normal;
+  return (size > 0x43e80000 ? 0x7f : finite) | (bits >> 24 & 0x80);
+}
+
+inline float number_of(uint8_t code) {
+  const uint32_t size = code & 0x7fu;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-9f;
+  uint32_t small;
+  std::memcpy(&small, &subnormal, sizeof small);
+  const uint32_t finite = size < 8 ? small : (size << 20) + (120u << 23);
+  const uint32_t bits = (size == 0x7f ? 0x7fc00000 : finite) | uint32_t{code & 0x80u} << 24;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// A strip of a band: first its largest magnitudes, then, while it is in the cache, its codes.
+template <class T>
+void quantize(const TileTask& task, int64_t begin, int64_t end) {
+  const int64_t strips = strips_of(task), tiles = (task.columns + task.tile_columns - 1) / task.tile_columns;
+  int32_t largest[kStripColumns];
+  float by[kStripColumns];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t band = unit / strips, first = unit % strips * strip_of(task), top = band * task.tile_rows;
+    const int64_t count = task.columns - first < strip_of(task) ? task.columns - first : strip_of(task);
+    const int64_t bottom = task.rows - top < task.tile_rows ? task.rows : top + task.tile_rows;
+    const T* x = static_cast<const T*>(task.x) + first;
+    for (int64_t i = 0; i < count; ++i) largest[i] = 0;
+    for (int64_t r = top; r < bottom; ++r) {
+      const T* row = x + r * task.x_stride;
+      for (int64_t i = 0; i < count; ++i) largest[i] = magnitude(get(row[i])) > largest[i] ? magnitude(get(row[i])) : largest[i];
+    }
+    for (int64_t from = 0; from < count; from += task.tile_columns) {
+      const int64_t to = count - from < task.tile_columns ? count : from + task.tile_columns;
+      int32_t most = 0;
+      for (int64_t i = from; i < to; ++i) most = largest[i] > most ? largest[i] : most;
+      const float scale = scale_of(most, task);
+      task.scale[band * tiles + (first + from) / task.tile_columns] = scale;
+      for (int64_t i = from; i < to; ++i) by[i] = scale;
+    }
+    for (int64_t r = top; r < bottom; ++r) {
+      const T* row = x + r * task.x_stride;
+      uint8_t* codes = task.codes + r * task.code_stride + first;
+      for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(e4m3(get(row[i]) / by[i]));
+    }
+  }
+}
+
+void dequantize(const TileTask& task, int64_t begin, int64_t end) {
+  const int64_t strips = strips_of(task), tiles = (task.columns + task.tile_columns - 1) / task.tile_columns;
+  float by[kStripColumns];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t band = unit / strips, first = unit % strips * strip_of(task), top = band * task.tile_rows;
+    const int64_t count = task.columns - first < strip_of(task) ? task.columns - first : strip_of(task);
+    const int64_t bottom = task.rows - top < task.tile_rows ? task.rows : top + task.tile_rows;
+    const float* scale = task.scale + band * tiles + first / task.tile_columns;
+    for (int64_t from = 0; from < count; from += task.tile_columns, ++scale) {
+      const int64_t to = count - from < task.tile_columns ? count : from + task.tile_columns;
+      for (int64_t i = from; i < to; ++i) by[i] = *scale;
+    }
+    for (int64_t r = top; r < bottom; ++r) {
+      const uint8_t* codes = task.codes + r * task.code_stride + first;
+      float* out = task.out + r * task.columns + first;
+      for (int64_t i = 0; i < count; ++i) out[i] = number_of(codes[i]) * by[i];
+    }
+  }
+}
+
 const TrainKernels kTrainKernels = {
     {norm<float>, norm<Bf16>},       {norm_back<float>, norm_back<Bf16>}, {glu<float>, glu<Bf16>},
     {glu_back<float>, glu_back<Bf16>}, {rope<float>, rope<Bf16>},         {combine<float>, combine<Bf16>},
     {combine_back<float>, combine_back<Bf16>}, {entropy<float>, entropy<Bf16>}, {adam<float>, adam<Bf16>},
+    {quantize<float>, quantize<Bf16>}, dequantize,
 };
 
 }  // namespace

@@ -1,5 +1,7 @@
 // The loops of a training step in buffers of exactly their size, against their formulas.
 #include <algorithm>
+#include <array>
+#include <initializer_list>
 #include <numeric>
 
 #include "check.h"
@@ -125,6 +127,29 @@ void check_adamw(Random& random, int dtype) {
   }
 }
 
+void check_tiles(Random& random, int dtype) {
+  for (const auto& [rows, columns, tile_rows, tile_columns] : std::initializer_list<std::array<int64_t, 4>>{
+           {kRows, kSize, 1, 16}, {kRows, kSize, 16, 1}, {kRows, 1100, 16, 16}, {3, 1100, 1, 512}, {1, 1, 128, 128}}) {
+    const int64_t bands = (rows + tile_rows - 1) / tile_rows, tiles = (columns + tile_columns - 1) / tile_columns;
+    auto x = random.stored(rows * columns, dtype);
+    std::vector<uint8_t> codes(static_cast<size_t>(rows * columns));
+    std::vector<float> scale(static_cast<size_t>(bands * tiles)), out(codes.size());
+    const auto quantize = [&](int64_t stride, int64_t widest) {
+      return kvern_quantize_tiles(codes.data(), scale.data(), x.data(), stride, dtype, rows, columns, tile_rows, widest, 1, 1e-30f);
+    };
+    require(quantize(columns, tile_columns) == KVERN_OK, "quantize");
+    require(kvern_dequantize_tiles(out.data(), codes.data(), columns, scale.data(), rows, columns, tile_rows, tile_columns) == KVERN_OK,
+            "dequantize");
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const double by = scale[static_cast<size_t>(i / columns / tile_rows * tiles + i % columns / tile_columns)];
+      const double number = at(x, dtype, i), got = out[static_cast<size_t>(i)];
+      require(std::abs(got - number) <= std::max(std::abs(number) / 16, by * 0x1p-10), "within half a step of E4M3");
+    }
+    require(quantize(columns - 1, tile_columns) == KVERN_BAD_ARGUMENT, "rows that overlap");
+    require(quantize(columns, 513) == KVERN_BAD_ARGUMENT, "a tile that is too wide");
+  }
+}
+
 }  // namespace
 
 void check_train() {
@@ -136,5 +161,6 @@ void check_train() {
     check_combine(random, dtype);
     check_entropy(random, dtype);
     check_adamw(random, dtype);
+    check_tiles(random, dtype);
   }
 }

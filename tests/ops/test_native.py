@@ -274,7 +274,13 @@ def run_with_isa(name: str, *arguments: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.skipif("KVERN_ISA" in os.environ, reason="already forced")
 @pytest.mark.parametrize("name", instruction_sets())
 def test_each_instruction_set_passes_the_tests_of_the_kernels(name: str) -> None:
-    names = ("test_paged_attention.py", "test_expanded_attention.py", "test_latent8.py", "test_sampling.py")
+    names = (
+        "test_paged_attention.py",
+        "test_expanded_attention.py",
+        "test_latent8.py",
+        "test_sampling.py",
+        "test_native_fp8.py",
+    )
     done = run_with_isa(name, "-c", PARITY, __file__, *(str(Path(__file__).with_name(one)) for one in names))
     assert json.loads(done.stdout.splitlines()[-1]) == {"isa": name, "code": 0}, done.stdout[-3000:]
 

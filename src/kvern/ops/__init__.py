@@ -1,7 +1,8 @@
 """Maths on tensors that knows no model: each op is one `Op`, a table from device type to implementation.
 
-`reference` is the specification and the fallback; `native`, `native_attention` and `native_sampling` (CPU kernels of
-`library`) register themselves for what they compute, and so do the Triton kernels of `triton_backends` for "cuda".
+`reference` is the specification and the fallback; `native`, `native_attention`, `native_fp8` and `native_sampling` (CPU
+kernels of `library`) register themselves for what they compute, as the Triton kernels of `triton_backends` do for
+"cuda".
 """
 
 from __future__ import annotations

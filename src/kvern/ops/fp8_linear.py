@@ -22,15 +22,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvern.ops import fp8_hopper, reference_fp8
+from kvern.ops import fp8_hopper, native_fp8, reference, reference_fp8
 from kvern.ops.dispatch import Op
-from kvern.ops.reference import BLOCK, quantize_tiles
+from kvern.ops.reference import BLOCK
 
 SMALLEST_AMAX = 1e-30
 """Keeps tiles of zeros finite. Gradients of a mean over millions of tokens are far below the 1e-4 of DeepSeek's
 inference kernel, which would flush them."""
 
-scaled_product = Op("scaled_product", reference_fp8.scaled_product, fp8_hopper.backends("scaled_product"))
+quantize_tiles = Op("quantize_tiles", reference.quantize_tiles, native_fp8.backends("quantize_tiles"))
+dense = Op("dense", reference_fp8.dense, native_fp8.backends("dense"))
+scaled_product = Op(
+    "scaled_product",
+    reference_fp8.scaled_product,
+    native_fp8.backends("scaled_product") | fp8_hopper.backends("scaled_product"),
+)
 
 
 @dataclass(frozen=True)
@@ -120,4 +126,4 @@ def retile(codes: Tensor, scale: Tensor, recipe: Fp8Recipe) -> tuple[Tensor, Ten
     """Codes [T, K] in 1x128 tiles -> codes [T, K] in 128x1 tiles with scales [ceil(T/128), K]."""
     if recipe.tensorwise:
         return codes, scale
-    return recipe.quantize(reference_fp8.dense(codes, scale), COLUMN_TILE, recipe.power_of_two)
+    return recipe.quantize(dense(codes, scale), COLUMN_TILE, recipe.power_of_two)

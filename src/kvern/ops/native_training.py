@@ -24,7 +24,7 @@ PARTS = 16
 def kernels() -> ctypes.CDLL | None:
     """The library with these functions declared; None where there is none, or an older one without them."""
     lib = library()
-    if lib is None or not hasattr(lib, "kvern_adamw"):
+    if lib is None or not hasattr(lib, "kvern_quantize_tiles"):
         return None
     pointer, size, code, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     signatures: dict[str, list[Any]] = {
@@ -37,6 +37,8 @@ def kernels() -> ctypes.CDLL | None:
         "kvern_combine_backward": [pointer, pointer, pointer, pointer, pointer, pointer, code, size, size, size],
         "kvern_cross_entropy": [pointer, pointer, pointer, code, code, size, size],
         "kvern_adamw": [pointer, pointer, pointer, pointer, code, size, *[real] * 6],
+        "kvern_quantize_tiles": [pointer, pointer, pointer, size, code, size, size, size, size, code, real],
+        "kvern_dequantize_tiles": [pointer, pointer, size, pointer, size, size, size, size],
     }
     for name, types in signatures.items():
         getattr(lib, name).argtypes = types
@@ -126,6 +128,22 @@ def adamw(
     first, second = betas
     numbers = 1 - first, second, 1 - rate * decay, rate / (1 - first**step), 1 / (1 - second**step), eps
     _call("adamw", parameter, gradient, mean, square, CODES[mean.dtype], parameter.numel(), *numbers)
+
+
+def quantize_tiles(x: Tensor, tile: tuple[int, int], power_of_two: bool, smallest: float) -> tuple[Tensor, Tensor]:
+    """x [R, C], its rows possibly apart -> (codes [R, C] E4M3, scale [ceil(R/r), ceil(C/c)] float32)."""
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(-(-x.shape[0] // tile[0]), -(-x.shape[1] // tile[1]))
+    stride = max(x.stride(0), x.shape[1])
+    _call("quantize_tiles", codes, scale, x, stride, CODES[x.dtype], *x.shape, *tile, int(power_of_two), smallest)
+    return codes, scale
+
+
+def dequantize_tiles(codes: Tensor, scale: Tensor, tile: tuple[int, int]) -> Tensor:
+    """codes [R, C] E4M3, its rows possibly apart, and dense scales -> [R, C] float32."""
+    out = torch.empty(codes.shape)
+    _call("dequantize_tiles", out, codes, max(codes.stride(0), codes.shape[1]), scale, *codes.shape, *tile)
+    return out
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:
