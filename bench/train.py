@@ -37,9 +37,10 @@ from kvern.plan.hardware import default_threads, machine
 from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.experts import checkpoint_state
 from kvern.train.loss import training_loss
-from kvern.train.model import initialise, make_trainable
+from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
 from kvern.train.packed_rows import PackedRows
+from kvern.train.weights import initialise
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
@@ -92,7 +93,7 @@ def config() -> ModelConfig:
 def fresh_model(dtype: torch.dtype) -> Transformer:
     """The bench's model with weights that are always the same."""
     model = Transformer(config(), device="cpu", activation_dtype=dtype)
-    initialise(model, torch.Generator().manual_seed(0), std=0.02)
+    initialise(model, 0, std=0.02)
     make_trainable(model)
     return model
 

@@ -41,10 +41,11 @@ from kvern.train.export import ExportOptions, export, plan_export
 from kvern.train.loss import training_loss
 from kvern.train.masters import LiveMasters, SavedMasters
 from kvern.train.mesh import Ranks
-from kvern.train.model import initialise, make_trainable
+from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, parameter_groups
 from kvern.train.packed_rows import PackedRows
 from kvern.train.start import master_config, open_masters
+from kvern.train.weights import initialise
 
 CONFIG = master_config(tiny_config())
 FILES = {"tokenizer.json": b"{}"}
@@ -56,7 +57,7 @@ FP8, BF16, F32 = ExportOptions("fp8"), ExportOptions("bf16"), ExportOptions("f32
 def trained() -> Transformer:
     """Fresh weights, three steps of AdamW."""
     model = Transformer(CONFIG, device="cpu", activation_dtype=torch.float32)
-    initialise(model, torch.Generator().manual_seed(0), std=0.06)
+    initialise(model, 0, std=0.06)
     train(model, steps=3)
     return model
 
@@ -165,7 +166,7 @@ def test_power_of_two_scales_and_an_fp8_head(trained: Transformer, tmp_path: Pat
 def saved_by_ranks(ranks: Ranks, folder: Path) -> None:
     """Stacks of experts cut over experts and rows, everything else over all ranks."""
     model = Transformer(CONFIG, device="cpu", activation_dtype=torch.float32)
-    initialise(model, torch.Generator().manual_seed(0), std=0.06)
+    initialise(model, 0, std=0.06)
     make_trainable(model)
     assert ranks.mesh is not None
     state: dict[str, Tensor] = {}
@@ -179,7 +180,7 @@ def saved_by_ranks(ranks: Ranks, folder: Path) -> None:
 def test_what_four_ranks_saved_is_exported_as_one(tmp_path: Path) -> None:
     launch(4, "tests.train.test_export:saved_by_ranks", tmp_path, expert=2, seconds=250.0)
     model = Transformer(CONFIG, device="cpu", activation_dtype=torch.float32)
-    initialise(model, torch.Generator().manual_seed(0), std=0.06)
+    initialise(model, 0, std=0.06)
     masters = SavedMasters(tmp_path / "step")
     assert len(list((tmp_path / "step").glob("*.distcp"))) == 4
     export(CONFIG, masters, tmp_path / "out", FP8, source="a")

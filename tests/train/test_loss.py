@@ -20,9 +20,10 @@ from kvern.ops import Fp8Recipe
 from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.experts import GroupedExperts, checkpoint_state, ungrouped
 from kvern.train.loss import LossOptions, MTPWeight, training_loss
-from kvern.train.model import Fp8Linear, initialise, make_trainable
+from kvern.train.model import Fp8Linear, make_trainable
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
 from kvern.train.packed_rows import IGNORED, PackedRows
+from kvern.train.weights import initialise
 
 DOCUMENTS = [[5, 9, 3, 7, 2], [8], [1, 4, 6]]
 
@@ -31,7 +32,7 @@ def trainable(layers: int = 1, recipe: Fp8Recipe | None = None, std: float = 0.2
     """A tiny model with `layers` MTP layers."""
     model = tiny_model(tiny_config(num_nextn_predict_layers=layers))
     generator = torch.Generator().manual_seed(0)
-    initialise(model, generator, std)
+    initialise(model, 0, std)
     for name, parameter in model.named_parameters():
         if "norm" in name:  # norms of ones could not tell a state from its normed self
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)

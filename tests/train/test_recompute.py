@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from kvern.model import Transformer
 from kvern.ops import Fp8Recipe
 from kvern.train.loss import training_loss
-from kvern.train.model import initialise, make_trainable
+from kvern.train.model import make_trainable
 from kvern.train.packed_rows import PackedRows
 from kvern.train.recompute import Activations, recompute
+from kvern.train.weights import initialise
 
 ROWS = PackedRows.of(list(range(40)), list(range(20, 60)))
 
@@ -23,7 +24,7 @@ ROWS = PackedRows.of(list(range(40)), list(range(20, 60)))
 def model(activations: Activations, dtype: torch.dtype, recipe: Fp8Recipe | None, **changes: int) -> Transformer:
     settings = config(model={**config().model, **changes}).architecture()
     made = Transformer(settings, device="cpu", activation_dtype=dtype)
-    initialise(made, torch.Generator().manual_seed(0), 0.2)
+    initialise(made, 0, 0.2)
     make_trainable(made, recipe)
     recompute(made, activations)
     return made

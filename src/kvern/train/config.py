@@ -33,8 +33,8 @@ from kvern.settings import nearest, read_toml
 from kvern.train import optim
 from kvern.train.balance import ALPHA, GAMMA, GAMMA_TOKENS
 from kvern.train.loss import LossOptions, MTPWeight
-from kvern.train.model import INITIAL_STD
 from kvern.train.schedule import BatchSize, LearningRate
+from kvern.train.weights import INITIAL_STD
 
 MAY_CHANGE = ("steps", "tokens", "batch.micro_batch", "recompute", "mesh", "checkpoint", "metrics")
 """Keys, or tables, that a run may change when it goes on. All others decide what the numbers are."""

@@ -8,21 +8,16 @@ Source: DeepSeek-V3 technical report, sections 3.3 and 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from kvern import ops
 from kvern.errors import ConfigError
 from kvern.model import Transformer
-from kvern.model.linear import MLP, Linear, RMSNorm
+from kvern.model.linear import MLP, Linear
 from kvern.model.mtp import MTPLayer
 from kvern.ops import Codes, Fp8Recipe
-from kvern.train.experts import GATE_UP, GroupedExperts, group_experts
-
-INITIAL_STD = 0.006
-"""The report's standard deviation of all weights (section 4.2), whatever config.json's initializer_range says."""
+from kvern.train.experts import group_experts
 
 KEPT_PRECISE = ("lm_head", "head", "eh_proj")
 
@@ -91,36 +86,6 @@ def make_trainable(model: Transformer, recipe: Fp8Recipe | None = None) -> None:
     if recipe is not None:
         _use_fp8(model, recipe)
     model.requires_grad_(True).train()
-
-
-def initialise(model: Transformer, generator: torch.Generator, std: float = INITIAL_STD) -> None:
-    """Fresh weights, drawn in the order of the names: N(0, std), norms 1, biases 0.
-
-    Grouped or not, experts get the same numbers, for they are drawn one after the other.
-    """
-    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
-    with torch.no_grad():
-        for name, weight in _in_order(model):
-            if name in norms:
-                weight.fill_(1.0)
-            elif name.endswith(".bias"):
-                weight.zero_()
-            else:
-                weight.normal_(0.0, std, generator=generator)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.zero_()
-
-
-def _in_order(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once under the checkpoint's name, an expert's gate, up and down one after the other."""
-    for name, parameter in model.named_parameters():
-        stem, _, stack = name.rpartition(".")
-        experts = model.get_submodule(stem)
-        if not isinstance(experts, GroupedExperts):
-            yield name, parameter
-        elif stack == GATE_UP:
-            yield from experts.separate(f"{stem}.")
 
 
 def _use_fp8(model: Transformer, recipe: Fp8Recipe) -> None:

@@ -2,9 +2,10 @@
 
 FP8 with block scales, 4-bit groups, BF16 and F32 become float32, tensor by tensor, MTP layers included; FP8 exactly, so
 that what training leaves alone is quantised to the same bytes again. Exact imports of Llama and Qwen2 models come in
-the form that trains (`imported`). Names stay the checkpoint's.
+the form that trains (`imported`). Names stay the checkpoint's. Other models need not be read whole: `weights.fill`
+reads what a rank holds.
 
-What it gives up: the whole model is in memory in float32, 4 bytes a parameter, before it is sharded.
+What it gives up: `open_masters` has the whole model in memory in float32, 4 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from kvern.checkpoint.reader import CheckpointReader
 from kvern.config import ModelConfig
 from kvern.errors import CheckpointError
 from kvern.model import Transformer
+from kvern.model.attention import Attention
 from kvern.model.linear import Linear
-from kvern.train.imported import unscale
+from kvern.train.imported import is_import, unscale
 
 
 def master_config(config: ModelConfig) -> ModelConfig:
@@ -30,14 +32,24 @@ def master_config(config: ModelConfig) -> ModelConfig:
     return replace(config, torch_dtype="float32", quantization_config=None)
 
 
-def open_masters(folder: Path, *, activation_dtype: torch.dtype = torch.bfloat16) -> Transformer:
-    """The model in `folder` on the CPU, all its parameters float32 and its own; ready for `make_trainable`.
+def open_stored(folder: Path) -> Transformer:
+    """The model in `folder`, mapped, in the form that the file has.
 
     Raises CheckpointError naming file and tensor where the folder is not what its config.json says, and where it has
     lost its MTP layers.
     """
     _check_mtp(CheckpointReader(folder))
-    stored = load(folder, mtp=True)
+    return load(folder, mtp=True)
+
+
+def has_import(model: Transformer) -> bool:
+    """Whether a layer is an exact import's."""
+    return any(isinstance(module, Attention) and is_import(module) for module in model.modules())
+
+
+def open_masters(source: Path | Transformer, *, activation_dtype: torch.dtype = torch.bfloat16) -> Transformer:
+    """The model in a folder, or what `open_stored` gave: on the CPU, all parameters float32 and its own."""
+    stored = source if isinstance(source, Transformer) else open_stored(source)
     model = Transformer(master_config(stored.config), activation_dtype=activation_dtype)
     model.load_state_dict(dict(_masters(stored)), assign=True)
     unscale(model)

@@ -27,13 +27,14 @@ from kvern.train.config import TrainConfig
 from kvern.train.flops import Peak, step_flops
 from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, StepMetrics
-from kvern.train.model import initialise, make_trainable
+from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, parameter_groups
 from kvern.train.parallelize import parallelize
 from kvern.train.recompute import recompute
-from kvern.train.start import open_masters
+from kvern.train.start import has_import, open_masters, open_stored
 from kvern.train.step import Learner, StepResult, StepSettings
 from kvern.train.stopping import Stopping
+from kvern.train.weights import fill, initialise
 
 
 class Rows(Protocol):
@@ -211,18 +212,32 @@ class Trainer:
 
 
 def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
-    """The model to train, fresh or from a checkpoint: this rank's share, on its device."""
+    """The model to train, fresh or from a checkpoint: this rank's share, on its device.
+
+    It has no memory until it is cut, so a rank needs that of its share. An exact import is read whole first, for its
+    numbers decide what of it trains.
+    """
     dtype = config.precision.activation_dtype
-    if config.folder is None:
-        model = Transformer(config.architecture(), device="cpu", activation_dtype=dtype)
-        initialise(model, torch.Generator().manual_seed(config.seed), config.initial_std)
+    stored = None if config.folder is None else open_stored(config.folder)
+    if stored is not None and has_import(stored):
+        model = open_masters(stored, activation_dtype=dtype)
+        _prepare(model, config)
+        parallelize(model.to(ranks.device), ranks)
+        return model
+    model = Transformer(config.architecture(), device="meta", activation_dtype=dtype)
+    _prepare(model, config)
+    parallelize(model, ranks)
+    model.to_empty(device=ranks.device)
+    if stored is None:
+        initialise(model, config.seed, config.initial_std)
     else:
-        model = open_masters(config.folder, activation_dtype=dtype)
+        fill(model, stored)
+    return model
+
+
+def _prepare(model: Transformer, config: TrainConfig) -> None:
     make_trainable(model, config.precision.recipe())
     recompute(model, config.recompute.activations)
-    model.to(ranks.device)
-    parallelize(model, ranks)
-    return model
 
 
 def _heard(stopping: Stopping | None) -> signal.Signals | None:

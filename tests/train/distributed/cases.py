@@ -20,10 +20,11 @@ from kvern.ops import Fp8Recipe
 from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.loss import LossOptions, training_loss
 from kvern.train.mesh import DATA, EXPERT, Ranks
-from kvern.train.model import initialise, make_trainable
+from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
 from kvern.train.packed_rows import IGNORED, PackedRows
 from kvern.train.parallelize import parallelize
+from kvern.train.weights import initialise
 
 EXPERTS = 8
 STARVED = 3
@@ -72,7 +73,7 @@ def build(case: Case) -> Transformer:
     config = tiny_config(num_hidden_layers=3, n_routed_experts=EXPERTS, num_nextn_predict_layers=case.mtp)
     model = tiny_model(config)
     model.activation_dtype = case.dtype
-    initialise(model, torch.Generator().manual_seed(1), 0.2)
+    initialise(model, 1, 0.2)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer[STARVED] = -100.0
