@@ -95,11 +95,20 @@ print(json.dumps({
 """One rank of 512; torch's fake process group answers for the others."""
 
 
+REST = """
+[[data.sources]]
+path = "nothing"
+[batch]
+rows = 2048
+length = 4096
+[precision]
+fp8 = "blockwise"
+"""
+
+
 def begin_671b(tmp_path: Path, model: str, rank: int) -> None:
     path = tmp_path / "671b.toml"
-    path.write_text(
-        f'steps = 1\n{model}\n[[data.sources]]\npath = "nothing"\n[batch]\nrows = 2048\nlength = 4096\n[precision]\nfp8 = "blockwise"\n'
-    )
+    path.write_text(f"steps = 1\n{model}{REST}")
     command = [sys.executable, "-c", BEGIN, str(path), str(rank)]
     said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     assert said["whole"] > 680e9
