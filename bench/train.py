@@ -13,8 +13,7 @@ every step has new rows, the same for all. Without MTP and balance losses, which
 
 transformers has its best settings: torch's fused AdamW, sdpa attention, the grouped product over experts
 (`--experts eager` for its loop). The share of peak divides the FLOPs of a step by those of a product of two square
-matrices of 3072 in the same dtype: 6 for each active weight and token (the head is one, the embedding is not), and
-causal attention, forward and twice backward.
+matrices of 3072 in the same dtype (`kvern.plan.flops`).
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from kvern.config import ModelConfig
 from kvern.model import Transformer
+from kvern.plan.flops import step_flops
 from kvern.plan.hardware import default_threads, machine
 from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.experts import checkpoint_state
@@ -164,21 +164,6 @@ def transformers_model(experts: str) -> Any:
     return model.train()
 
 
-def flops_per_token(length: int) -> float:
-    """Of a step, as the module's head counts."""
-    shape = config()
-    assert shape.n_routed_experts is not None
-    model = Transformer(shape)
-    expert = 3 * shape.hidden_size * shape.moe_intermediate_size
-    idle = (shape.num_hidden_layers - shape.first_k_dense_replace) * expert
-    idle *= shape.n_routed_experts - shape.num_experts_per_tok
-    active = sum(p.numel() for p in model.parameters()) - idle - shape.vocab_size * shape.hidden_size
-    attention = (
-        3 * shape.num_hidden_layers * length * shape.num_attention_heads * (shape.qk_head_dim + shape.v_head_dim)
-    )
-    return float(6 * active + attention)
-
-
 def peak(dtype: torch.dtype, size: int = 3072) -> float:
     """FLOP/s of a product of two square matrices, median of five."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -201,7 +186,7 @@ def measure(name: str, args: argparse.Namespace) -> list[Row]:
             losses[way] = step(ids_BT)
             if index >= args.warmup:
                 times[way].append(time.perf_counter() - start)
-    tokens, share = ids_BT.numel(), flops_per_token(args.length) / peak(dtype)
+    tokens, share = ids_BT.numel(), step_flops(config(), 1, args.length / 2) / peak(dtype)
     rows = []
     for way in peers:
         pairs = tuple((tokens / a, tokens / b) for a, b in zip(times["kvern"], times[way], strict=True))

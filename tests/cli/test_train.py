@@ -99,6 +99,13 @@ def test_a_folder_with_anything_else_is_left_alone(
     assert (tmp_path / "mine/thesis.txt").read_text() == "important"
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_config_begins_again(settings: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml.part").write_text("seed =")
+    assert main(["train", str(settings), "--out", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run/config.toml.part").exists()
+
+
 def test_it_says_what_there_is_to_learn_from_and_what_was_left_out(
     settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,6 @@ from kvern.plan.training import (
     state_bytes,
     step,
 )
-from kvern.train.flops import step_flops
 
 GUIDE = Path(__file__).parents[2] / "docs/training-671b.md"
 V3 = ModelConfig.named("deepseek-v3")
@@ -45,14 +44,6 @@ def test_the_report_s_hours_are_two_fifths_of_the_peak() -> None:
     rate = report_utilisation(V3) * H800.flops / flops_per_token(V3, 4096)
     assert hours_per_trillion(rate) == pytest.approx(180_000)
     assert rate == pytest.approx(1543, rel=0.001)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_flops_are_those_that_a_run_reports(seed: int) -> None:
-    """But for norms and biases, which a run does not count, and the diagonal, which the plan does not."""
-    config, length = random_config(seed), 256
-    counted = step_flops(config, length, length * length // 2) / length
-    assert flops_per_token(config, length) == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize("seed", range(6))

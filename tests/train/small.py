@@ -12,9 +12,9 @@ from tests.tiny import TINY
 from kvern.data.row_stream import Row
 from kvern.train.checkpoint import Checkpoints
 from kvern.train.config import TrainConfig, parse
-from kvern.train.flops import Peak
 from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, MetricsFile, read
+from kvern.train.peak import Peak
 from kvern.train.trainer import Outcome, Trainer
 
 LENGTH, VOCABULARY = 32, 64

@@ -15,8 +15,9 @@ from kvern.config import ModelConfig
 from kvern.errors import CheckpointError, ConfigError
 from kvern.model import ForwardBatch, Transformer
 from kvern.model.linear import Linear
-from kvern.train.flops import active_weights, peak, step_flops
+from kvern.plan.flops import active_weights, step_flops
 from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, StepMetrics, keep_until, read, tensorboard
+from kvern.train.peak import peak
 
 
 def row(step: int, loss: float = 3.0) -> StepMetrics:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from kvern.config import ModelConfig
 from kvern.errors import ConfigError
+from kvern.plan.flops import step_flops
 from kvern.plan.memory import account
 
 MASTER = GRADIENT = 4
@@ -160,14 +161,8 @@ def step(config: ModelConfig, run: Run, card: Card, utilisation: float) -> Step:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Forward and backward, of the MTP layers too: 6 a parameter in use, and causal attention over `length` tokens."""
-    counted, mtp = account(config), config.num_nextn_predict_layers
-    idle = (config.n_routed_experts or 0) - config.num_experts_per_tok
-    unused = mtp * idle * _expert(config) if config.n_routed_experts else 0
-    used = counted.active_parameters + counted.mtp_parameters - unused + mtp * config.vocab_size * config.hidden_size
-    heads, layers = config.num_attention_heads, config.num_hidden_layers + mtp
-    scores = 2 * heads * (config.qk_head_dim + config.v_head_dim) * length / 2
-    return 6 * used + 3 * layers * scores
+    """Forward and backward, of the MTP layers too, in documents of `length` tokens."""
+    return step_flops(config, 1, length / 2)
 
 
 def report_utilisation(config: ModelConfig, card: Card = H800) -> float:

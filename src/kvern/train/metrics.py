@@ -4,7 +4,7 @@
     loss, mtp_loss        cross entropies in nats, without weight;  balance_loss: with its weight
     lr, grad_norm, batch  the rate, the norm before clipping, sequences of the step
     load_max_over_mean    {"worst", "mean"} over the gates: 1 balanced; null for a model without experts
-    tokens_per_s, mfu, seconds    of the step; mfu: model FLOPs over the peak of all ranks, see `kvern.train.flops`
+    tokens_per_s, mfu, seconds    of the step; mfu: model FLOPs over the peak of all ranks, see `kvern.plan.flops`
 
 A run that goes on from a checkpoint first drops the lines after it (`keep_until`), so a step has one line.
 """

@@ -22,9 +22,9 @@ from kvern.errors import ConfigError, KvernError
 from kvern.plan.hardware import default_threads
 from kvern.train.checkpoint import Checkpoints
 from kvern.train.config import TrainConfig
-from kvern.train.flops import peak
 from kvern.train.mesh import MeshOptions, Ranks, start
 from kvern.train.metrics import Metrics, MetricsFile, ProgressLine, Sink, keep_until, tensorboard
+from kvern.train.peak import peak
 from kvern.train.rows import row_stream
 from kvern.train.run_folder import Claim, RunFolder, begin
 from kvern.train.stopping import Stopping

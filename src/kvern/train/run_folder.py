@@ -15,6 +15,9 @@ from kvern.errors import ConfigError, KvernError
 from kvern.train.checkpoint import complete
 from kvern.train.config import TrainConfig, load
 
+OURS_BEFORE_CONFIG = (".lock", "config.toml.part")
+"""What a run that was killed while it wrote config.toml leaves."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -84,7 +87,7 @@ def begin(folder: RunFolder, config: TrainConfig, resume: bool) -> None:
             )
         check_same(load(folder.config), config, folder.path)
     elif not folder.config.exists() and (
-        foreign := [entry.name for entry in sorted(folder.path.iterdir()) if entry.name != ".lock"]
+        foreign := [entry.name for entry in sorted(folder.path.iterdir()) if entry.name not in OURS_BEFORE_CONFIG]
     ):
         raise ConfigError(f"{folder.path} is not empty: it holds {foreign[0]}", hint="name a new folder as --out")
     write_file(folder.config, config.toml().encode())

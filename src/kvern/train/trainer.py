@@ -20,16 +20,17 @@ import torch
 from kvern.data.row_stream import Row
 from kvern.errors import ConfigError, TrainingError
 from kvern.model import Transformer
+from kvern.plan.flops import step_flops
 from kvern.train import checkpoint
 from kvern.train.balance import gamma_at
 from kvern.train.checkpoint import Checkpoints, Progress
 from kvern.train.config import TrainConfig
-from kvern.train.flops import Peak, step_flops
 from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, StepMetrics
 from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, parameter_groups
 from kvern.train.parallelize import parallelize
+from kvern.train.peak import Peak
 from kvern.train.recompute import recompute
 from kvern.train.start import has_import, open_masters, open_stored
 from kvern.train.step import Learner, StepResult, StepSettings

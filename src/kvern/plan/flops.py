@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, counted from the configuration, and the peak they are compared with.
+"""Model FLOPs of a training step, counted from the configuration.
 
     FLOPs = 6 * (weights that a token is multiplied with) * tokens + 6 * layers * heads * (qk + v sizes) * pairs
 
@@ -9,28 +9,10 @@ head. Source: the PaLM report's appendix B, with causal attention counted as it 
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-
-import torch
-
 from kvern.config import ModelConfig
 
-BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
-"""Dense BF16 FLOP/s of cards, from NVIDIA's data sheets (SXM)."""
 
-MEASURED_SIZE, MEASURED_TIMES = 1024, 5
-
-
-@dataclass(frozen=True)
-class Peak:
-    """FLOP/s of one rank's device, and where the figure comes from."""
-
-    flops: float
-    source: str
-
-
-def step_flops(config: ModelConfig, tokens: int, pairs: int) -> float:
+def step_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
     """FLOPs of a step over `tokens`, whose documents have `pairs` of a query and an earlier or equal key."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     per_pair = layers * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
@@ -44,17 +26,6 @@ def active_weights(config: ModelConfig) -> int:
     layers = sum(_layer(config, layer) for layer in range(count))
     mtp = config.num_nextn_predict_layers * (_layer(config, count) + 2 * hidden * hidden + head)
     return layers + head + mtp
-
-
-def peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The device's dense peak: of a known card in BF16 from its data sheet, else that of a large product, measured."""
-    if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for card, flops in BF16_PEAKS.items():
-            if card in name:
-                return Peak(flops, f"data sheet of {card}, dense BF16")
-    shown = str(dtype).removeprefix("torch.")
-    return Peak(_measured(device, dtype), f"measured: a product of {MEASURED_SIZE} x {MEASURED_SIZE} in {shown}")
 
 
 def _layer(config: ModelConfig, layer: int) -> int:
@@ -73,16 +44,3 @@ def _attention(config: ModelConfig) -> int:
     query = hidden * queries if down is None else (hidden + queries) * down
     expanded = rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     return query + hidden * config.latent_dim + expanded + heads * config.v_head_dim * hidden
-
-
-def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    numbers = torch.Generator().manual_seed(0)  # not the run's
-    one = torch.randn(MEASURED_SIZE, MEASURED_SIZE, generator=numbers).to(device, dtype)
-    best = float("inf")
-    for _ in range(MEASURED_TIMES):
-        begin = time.perf_counter()
-        one @ one
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * MEASURED_SIZE**3 / best
