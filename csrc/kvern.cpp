@@ -1,6 +1,7 @@
 // The C interface: checks arguments, picks the kernels, cuts the work into chunks of rows.
 #include "kvern.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -218,26 +219,33 @@ int kvern_dequantize(void* out, int out_dtype, const void* weight, int64_t weigh
 }
 
 uint64_t kvern_read(const void* data, int64_t bytes) {
+  constexpr int64_t kStretch = 256 * 1024, kLine = 64, kAhead = 4096;  // asked for ahead as packed weights are
   struct Read {
     const uint8_t* data;
-    int64_t n;  // words
-    std::atomic<uint64_t>* sum;
+    int64_t bytes;
+    std::atomic<uint64_t> sum{0};
   };
-  std::atomic<uint64_t> sum{0};
-  const Read task{static_cast<const uint8_t*>(data), bytes / 8, &sum};
-  over_rows<Read>(task, 8, [](const Read& read, int64_t begin, int64_t end) {
-    uint64_t lanes[8] = {}, words[8];
-    int64_t i = begin;
-    for (; i + 8 <= end; i += 8) {
-      std::memcpy(words, read.data + i * 8, sizeof words);  // the data may begin anywhere
-      for (int lane = 0; lane < 8; ++lane) lanes[lane] += words[lane];
-    }
-    for (; i < end; ++i) {
-      std::memcpy(words, read.data + i * 8, sizeof *words);
-      lanes[0] += words[0];
-    }
-    for (int lane = 1; lane < 8; ++lane) lanes[0] += lanes[lane];
-    read.sum->fetch_add(lanes[0], std::memory_order_relaxed);
-  });
-  return sum.load();
+  Read task{static_cast<const uint8_t*>(data), bytes / 8 * 8};
+  parallel_for(
+      divide_up(task.bytes, kStretch),
+      [](const void* context, int64_t stretch) {
+        auto& read = *static_cast<Read*>(const_cast<void*>(context));
+        const uint8_t* at = read.data + stretch * kStretch;
+        const uint8_t* end = read.data + std::min(read.bytes, (stretch + 1) * kStretch);
+        const auto word = [](const uint8_t* from) {  // which may be any address
+          uint64_t bits;
+          std::memcpy(&bits, from, sizeof bits);
+          return bits;
+        };
+        uint64_t lanes[8] = {};
+        for (; end - at >= kLine; at += kLine) {
+          __builtin_prefetch(at + kAhead, 0, 2);
+          for (int lane = 0; lane < 8; ++lane) lanes[lane] += word(at + 8 * lane);
+        }
+        for (; at < end; at += 8) lanes[0] += word(at);
+        for (int lane = 1; lane < 8; ++lane) lanes[0] += lanes[lane];
+        read.sum.fetch_add(lanes[0], std::memory_order_relaxed);
+      },
+      &task);
+  return task.sum.load();
 }

@@ -9,6 +9,7 @@ A prefill row is one prompt behind `depth` cached tokens, from the first step to
 
 from __future__ import annotations
 
+import mmap
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -101,8 +102,14 @@ def why_not(case: Case, model: Model, cache_dtype: CacheDtype = "auto") -> str |
 
 
 def read_gb_s(nbytes: int = READ_BYTES) -> float:
-    """GB/s of a plain read of memory with all threads: median of rounds over `nbytes`, after a first one."""
-    data = torch.ones(nbytes // 4)
+    """GB/s of a plain read of memory with all threads: median of rounds over `nbytes`, after a first one.
+
+    The memory is in large pages where the system gives them, as packed weights are: in small ones a read is slower.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    data = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
     read = library.read_bandwidth if library.library() is not None else torch.sum
     seconds = []
     for _ in range(1 + READ_ROUNDS):
