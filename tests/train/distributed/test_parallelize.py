@@ -14,11 +14,12 @@ from kvern.errors import ConfigError, TrainingError
 from kvern.train.mesh import Ranks
 from kvern.train.parallelize import parallelize
 
-F32 = {"loss": 2e-7, "norm": 5e-7, "gradient": 1e-6, "weight": 5e-5}
+F32 = {"loss": 2e-7, "norm": 1e-6, "gradient": 1e-6, "weight": 5e-5}
 """Weights differ by more than gradients: Adam's first steps go by the sign of a gradient, however small, and its
 moments round to BF16."""
-BF16 = {"loss": 2e-3, "norm": 2e-3, "gradient": 1e-2, "weight": 5e-3}
-"""Experts' products of other rows at a time round to other BF16 numbers; with FSDP alone they are the same products."""
+BF16 = {"loss": 1e-2, "norm": 1e-2, "gradient": 1e-2, "weight": 5e-3}
+"""Experts' products of other rows at a time round to other BF16 numbers, which may choose another expert. With FSDP
+alone they are the same products."""
 
 CASES = "tests.train.distributed.cases:"
 
