@@ -253,16 +253,29 @@ inline float number_of(uint8_t code) {
   return number;
 }
 
-// A strip of a band: first its largest magnitudes, then, while it is in the cache, its codes.
+// Strip `unit` of all bands: rows [top, bottom), `count` columns from `first` on, and the scales of its tiles.
+struct Strip {
+  int64_t first, count, top, bottom;
+  float* scale;
+
+  Strip(const TileTask& task, int64_t unit) {
+    const int64_t strips = strips_of(task), band = unit / strips, rest = task.rows - band * task.tile_rows;
+    first = unit % strips * strip_of(task);
+    count = task.columns - first < strip_of(task) ? task.columns - first : strip_of(task);
+    top = band * task.tile_rows;
+    bottom = top + (rest < task.tile_rows ? rest : task.tile_rows);
+    scale = task.scale + band * ((task.columns + task.tile_columns - 1) / task.tile_columns) + first / task.tile_columns;
+  }
+};
+
+// First the largest magnitudes of a strip, then, while it is in the cache, its codes.
 template <class T>
 void quantize(const TileTask& task, int64_t begin, int64_t end) {
-  const int64_t strips = strips_of(task), tiles = (task.columns + task.tile_columns - 1) / task.tile_columns;
   int32_t largest[kStripColumns];
   float by[kStripColumns];
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t band = unit / strips, first = unit % strips * strip_of(task), top = band * task.tile_rows;
-    const int64_t count = task.columns - first < strip_of(task) ? task.columns - first : strip_of(task);
-    const int64_t bottom = task.rows - top < task.tile_rows ? task.rows : top + task.tile_rows;
+    const Strip strip(task, unit);
+    const int64_t first = strip.first, count = strip.count, top = strip.top, bottom = strip.bottom;
     const T* x = static_cast<const T*>(task.x) + first;
     for (int64_t i = 0; i < count; ++i) largest[i] = 0;
     for (int64_t r = top; r < bottom; ++r) {
@@ -274,7 +287,7 @@ void quantize(const TileTask& task, int64_t begin, int64_t end) {
       int32_t most = 0;
       for (int64_t i = from; i < to; ++i) most = largest[i] > most ? largest[i] : most;
       const float scale = scale_of(most, task);
-      task.scale[band * tiles + (first + from) / task.tile_columns] = scale;
+      strip.scale[from / task.tile_columns] = scale;
       for (int64_t i = from; i < to; ++i) by[i] = scale;
     }
     for (int64_t r = top; r < bottom; ++r) {
@@ -286,13 +299,11 @@ void quantize(const TileTask& task, int64_t begin, int64_t end) {
 }
 
 void dequantize(const TileTask& task, int64_t begin, int64_t end) {
-  const int64_t strips = strips_of(task), tiles = (task.columns + task.tile_columns - 1) / task.tile_columns;
   float by[kStripColumns];
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t band = unit / strips, first = unit % strips * strip_of(task), top = band * task.tile_rows;
-    const int64_t count = task.columns - first < strip_of(task) ? task.columns - first : strip_of(task);
-    const int64_t bottom = task.rows - top < task.tile_rows ? task.rows : top + task.tile_rows;
-    const float* scale = task.scale + band * tiles + first / task.tile_columns;
+    const Strip strip(task, unit);
+    const int64_t first = strip.first, count = strip.count, top = strip.top, bottom = strip.bottom;
+    const float* scale = strip.scale;
     for (int64_t from = 0; from < count; from += task.tile_columns, ++scale) {
       const int64_t to = count - from < task.tile_columns ? count : from + task.tile_columns;
       for (int64_t i = from; i < to; ++i) by[i] = *scale;
