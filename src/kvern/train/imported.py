@@ -62,7 +62,7 @@ class Selection(nn.Module):
 
 def unscale(model: Transformer) -> bool:
     """Bring an import, whose parameters are float32, into the form that trains; False for any other model."""
-    imports = [attention for attention in model.modules() if isinstance(attention, Attention) and is_import(attention)]
+    imports = imports_of(model)
     for attention in imports:
         rank = attention.config.kv_lora_rank
         _divide(attention.q_a_proj, slice(None))
@@ -72,6 +72,11 @@ def unscale(model: Transformer) -> bool:
         for name in ("q_b_proj", "kv_b_proj"):
             _fix(attention, name)
     return bool(imports)
+
+
+def imports_of(model: Transformer) -> list[Attention]:
+    """The attention of every layer that is an exact import's."""
+    return [module for module in model.modules() if isinstance(module, Attention) and is_import(module)]
 
 
 def is_import(attention: Attention) -> bool:

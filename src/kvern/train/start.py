@@ -22,9 +22,8 @@ from kvern.checkpoint.reader import CheckpointReader
 from kvern.config import ModelConfig
 from kvern.errors import CheckpointError
 from kvern.model import Transformer
-from kvern.model.attention import Attention
 from kvern.model.linear import Linear
-from kvern.train.imported import is_import, unscale
+from kvern.train.imported import unscale
 
 
 def master_config(config: ModelConfig) -> ModelConfig:
@@ -40,11 +39,6 @@ def open_stored(folder: Path) -> Transformer:
     """
     _check_mtp(CheckpointReader(folder))
     return load(folder, mtp=True)
-
-
-def has_import(model: Transformer) -> bool:
-    """Whether a layer is an exact import's."""
-    return any(isinstance(module, Attention) and is_import(module) for module in model.modules())
 
 
 def open_masters(source: Path | Transformer, *, activation_dtype: torch.dtype = torch.bfloat16) -> Transformer:

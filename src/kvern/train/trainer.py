@@ -25,6 +25,7 @@ from kvern.train import checkpoint
 from kvern.train.balance import gamma_at
 from kvern.train.checkpoint import Checkpoints, Progress
 from kvern.train.config import TrainConfig
+from kvern.train.imported import imports_of
 from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, StepMetrics
 from kvern.train.model import make_trainable
@@ -32,7 +33,7 @@ from kvern.train.optim import AdamW, parameter_groups
 from kvern.train.parallelize import parallelize
 from kvern.train.peak import Peak
 from kvern.train.recompute import recompute
-from kvern.train.start import has_import, open_masters, open_stored
+from kvern.train.start import open_masters, open_stored
 from kvern.train.step import Learner, StepResult, StepSettings
 from kvern.train.stopping import Stopping
 from kvern.train.weights import fill, initialise
@@ -220,7 +221,7 @@ def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
     """
     dtype = config.precision.activation_dtype
     stored = None if config.folder is None else open_stored(config.folder)
-    if stored is not None and has_import(stored):
+    if stored is not None and imports_of(stored):
         model = open_masters(stored, activation_dtype=dtype)
         _prepare(model, config)
         parallelize(model.to(ranks.device), ranks)
