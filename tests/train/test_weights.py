@@ -21,7 +21,7 @@ from kvern.model import Transformer
 from kvern.train.experts import checkpoint_state
 from kvern.train.model import make_trainable
 from kvern.train.start import master_config, open_masters, open_stored
-from kvern.train.weights import BLOCK, Piece, _draw, fill, initialise, pieces
+from kvern.train.weights import DRAWN, Piece, _draw, fill, initialise, pieces
 
 
 def fresh(seed: int = 0, grouped: bool = True) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def test_names_and_the_seed_decide() -> None:
     assert not any(torch.equal(experts[0], one) for one in experts[1:])
 
 
-@pytest.mark.parametrize(("first", "rows"), [(0, 1), (5, BLOCK), (BLOCK - 1, 2), (2 * BLOCK, 44), (100, 0)])
+@pytest.mark.parametrize(("first", "rows"), [(0, 1), (5, DRAWN), (DRAWN - 1, 2), (2 * DRAWN, 44), (100, 0)])
 def test_a_rank_draws_its_rows_of_the_whole(first: int, rows: int) -> None:
     whole, share = torch.empty(300, 7), torch.empty(rows, 7)
     _draw(Piece("a", 0, whole), 3, 1.0)

@@ -2,7 +2,7 @@
 
 A model is built on the meta device, cut over the ranks, and only then given memory, so no rank ever holds more than its
 share and one matrix. A number depends on the seed, its tensor's name in the checkpoint and its row alone: blocks of
-`BLOCK` rows are drawn each from a generator of its own (Philox, keyed by a hash), so any world, and any grouping of
+`DRAWN` rows are drawn each from a generator of its own (Philox, keyed by a hash), so any world, and any grouping of
 experts, begins with the same bits.
 
 What it gives up: a rank draws whole blocks and keeps its rows of them, and unpacks whole matrices of 4-bit groups.
@@ -24,13 +24,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from kvern import ops
 from kvern.model import Transformer
 from kvern.model.linear import Linear, RMSNorm
+from kvern.ops.reference import BLOCK
 from kvern.train.experts import GATE_UP, GroupedExperts
 
 INITIAL_STD = 0.006
 """The report's standard deviation of all weights, whatever config.json's initializer_range says."""
 
-BLOCK = 128
-"""Rows that one generator draws; rows of a block of FP8."""
+DRAWN = 128
+"""Rows that one generator draws."""
 
 GATE_BIAS = "e_score_correction_bias"
 
@@ -104,12 +105,12 @@ def _stored_rows(stored: Transformer, piece: Piece) -> Tensor:
 
 def _draw(piece: Piece, seed: int, std: float) -> None:
     rows, columns = len(piece.values), piece.values[0].numel() if len(piece.values) else 0
-    for block in range(piece.first // BLOCK, -(-(piece.first + rows) // BLOCK) if rows else 0):
+    for block in range(piece.first // DRAWN, -(-(piece.first + rows) // DRAWN) if rows else 0):
         key = hashlib.sha256(f"{seed} {piece.name} {block}".encode()).digest()[:16]
         generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))
-        begin, end = max(piece.first, block * BLOCK), min(piece.first + rows, (block + 1) * BLOCK)
-        drawn = generator.standard_normal((end - block * BLOCK, columns), dtype=np.float32)
-        piece.values[begin - piece.first : end - piece.first] = torch.from_numpy(drawn[begin - block * BLOCK :]) * std
+        begin, end = max(piece.first, block * DRAWN), min(piece.first + rows, (block + 1) * DRAWN)
+        drawn = generator.standard_normal((end - block * DRAWN, columns), dtype=np.float32)
+        piece.values[begin - piece.first : end - piece.first] = torch.from_numpy(drawn[begin - block * DRAWN :]) * std
 
 
 def _local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
