@@ -70,6 +70,10 @@ class Desk:
         desk.temporary.mkdir()
         return desk
 
+    def written(self) -> set[tuple[Path, int]]:
+        """The files of its folder, each with the time in nanoseconds when it was last written."""
+        return {(path, path.stat().st_mtime_ns) for path in self.folder.rglob("*") if path.is_file()}
+
     def here(self, text: str) -> str:
         """The text with this server's address and context length instead of those on the pages."""
         return text.replace(URL, self.url).replace(str(CONTEXT), str(self.context))
