@@ -1,8 +1,8 @@
 """Every client against coder-0.5b, served by `kvern serve`: what a user of these pages gets, from the first command on.
 
 A model of this size does not always do what it is told, so what counts is that the conversation runs to its end: exit
-status 0, something said or, with a tool, written, no error in the server's log, and a second turn that finds the first in
-the prefix cache. aider's task is one that the model manages: the file is edited and committed.
+status 0, something said or, with a tool, written, no error in the server's log, and a second turn that finds the first
+in the prefix cache. aider's task is one that the model manages: the file is edited and committed.
 
 Each turn's figures are logged (`pytest --log-cli-level=INFO`): they are the table in docs/clients.md.
 """
