@@ -15,21 +15,29 @@ from kvern.engine.draft_length import Chances, Load, best_length
 from kvern.engine.step_cost import StepCost
 
 
-def linear(rows: int, attended: int) -> float:
-    return 10.0 + rows
+class Linear:
+    """Ten, and one a row."""
+
+    mtp_pass = 3.0
+
+    def __call__(self, rows: int, attended: int) -> float:
+        return 10.0 + rows
 
 
-@given(st.lists(st.floats(0, 1), max_size=8), st.integers(1, 40))
-def test_no_other_length_is_better(chances: list[float], rows: int) -> None:
+linear = Linear()
+
+
+@given(st.lists(st.floats(0, 1), max_size=8), st.integers(1, 40), st.sampled_from([0.0, 0.5, 3.0]))
+def test_no_other_length_is_better(chances: list[float], rows: int, making: float) -> None:
     load = Load(rows, 0, rows)
-    count, chosen = best_length(chances, load, 5, linear)
+    count, chosen = best_length(chances, load, 5, linear, making)
     rates = []
     for k in range(len(chances) + 1):
         reach, gained = 1.0, 0.0
         for chance in chances[:k]:
             reach *= chance
             gained += reach
-        rates.append((rows + gained) / linear(rows + k, 0))
+        rates.append((rows + gained) / (linear(rows + k, 0) + k * making))
     assert rates[count] == pytest.approx(max(rates))
     assert (chosen.rows, chosen.attended) == (rows + count, 5 * count)
     assert chosen.rate(linear) == pytest.approx(max(rates))
@@ -75,3 +83,17 @@ def test_costs_grow_with_rows_and_context() -> None:
     assert all(cost(rows, 100) < cost(rows + 1, 100) for rows in range(1, 64))
     assert all(cost(4, a) < cost(4, b) for a, b in pairwise([0, 1000, 10000]))
     assert cost(2, 2 * 16000) / cost(1, 16000) > cost(2, 2) / cost(1, 1)
+
+
+def test_drafts_that_cost_as_much_as_they_save_are_not_made() -> None:
+    load = Load(1, 0, 1)
+    assert best_length([0.9] * 8, load, 1, linear, making=9.0)[0] == 0
+    assert best_length([0.9] * 8, load, 1, linear, making=3.0)[0] > 0
+    assert best_length([0.9] * 8, load, 1, linear, making=3.0)[0] < best_length([0.9] * 8, load, 1, linear)[0]
+
+
+def test_a_pass_of_the_mtp_layer_costs_a_layer_and_the_head() -> None:
+    sparse = dense(first_k_dense_replace=1, n_routed_experts=64, num_experts_per_tok=4, moe_intermediate_size=1024)
+    config = replace(sparse, num_nextn_predict_layers=1)
+    assert StepCost(sparse).mtp_pass == 0
+    assert 0.05 < StepCost(config).mtp_pass / StepCost(config)(1, 1) < 0.5

@@ -47,9 +47,19 @@ Guess = Callable[[Sequence[int], int], Sequence[int]]
 """(prompt and answer so far, how many) -> what may come next."""
 
 
-def free(rows: int, attended: int) -> float:
-    """Drafts cost nothing: as many as there is room for are verified."""
-    return 1.0
+@dataclass(frozen=True)
+class Priced:
+    """A step costs 1 and so much more for each row, a pass of the MTP layer what it says."""
+
+    row: float = 0.0
+    mtp_pass: float = 0.0
+
+    def __call__(self, rows: int, attended: int) -> float:
+        return 1.0 + self.row * rows
+
+
+free = Priced()
+"""Drafts cost nothing: as many as there is room for are verified."""
 
 
 @dataclass
@@ -201,11 +211,11 @@ def test_drafts_stop_where_they_are_wrong_and_begin_again_where_they_are_right()
     """What repeats is continued wrongly at first, later it is copied; only the first costs rows, and only a while."""
     copied = [*range(100, 160)]
     misleading = [token for other in range(200, 260) for token in (1, 2, other)]
-    speculator = Speculator(8, lambda rows, attended: 1 + 0.3 * rows, ngram=True, mtp=False)
+    speculator = Speculator(8, Priced(row=0.3), ngram=True, mtp=False)
     request = Request(0, SamplingParams(1), len(copied), [*copied], 0, 0, b"", 0, limit=1000)
     drafted = []
     for token in [*misleading, *copied]:
-        choice, _ = speculator._choose(request, 8, Load(1, 1, 1))
+        choice, _ = speculator._choose(request, 8, Load(1, 1, 1), 1)
         drafted.append(choice.count)
         request.tokens.append(token)
         speculator._settle(request, choice.tokens, [token])
@@ -294,15 +304,25 @@ def reference_drafts(tokens: list[int], count: int) -> list[int]:
     return drafts
 
 
+class Seldom(Speculator):
+    """Wants a draft at every third token only, so that hidden states wait."""
+
+    def _hopeful(self, request: Request) -> bool:
+        return request.generated % 3 == 0
+
+
+@pytest.mark.parametrize("kind", [Speculator, Seldom])
 @pytest.mark.parametrize(
     ("chosen", "preempts"),
     [(LARGE, False), (replace(LARGE, step_tokens=5), False), (replace(SMALL, max_running=3), True)],
     ids=["whole", "chunked", "preempted"],
 )
-def test_mtp_drafts_are_those_of_the_whole_sequence(chosen: EngineSettings, preempts: bool) -> None:
+def test_mtp_drafts_are_those_of_the_whole_sequence(
+    chosen: EngineSettings, preempts: bool, kind: type[Speculator]
+) -> None:
     """After chunks, accepted and rejected drafts, prefix hits with the same continuation, and preemption."""
     engine = Engine(SERVED, settings=replace(chosen, drafts="mtp", draft_tokens=3))
-    engine.speculator = Speculator(3, free, ngram=False, mtp=True)
+    engine.speculator = kind(3, free, ngram=False, mtp=True)
     drafts: list[int] = []
 
     def see(chunks: Sequence[Chunk]) -> None:
@@ -319,7 +339,21 @@ def test_mtp_drafts_are_those_of_the_whole_sequence(chosen: EngineSettings, pree
     stats = engine.stats()
     assert stats.prefix_hits > 0
     assert (stats.preemptions > 0) == preempts
-    assert stats.draft_tokens == len(drafts) > 50
+    assert stats.draft_tokens == len(drafts) > (50 if kind is Speculator else 20)
+
+
+@pytest.mark.parametrize(("price", "passes"), [(0.0, 60), (9.0, 4)])
+def test_an_mtp_layer_that_does_not_pay_hardly_runs(price: float, passes: int) -> None:
+    """Whatever its drafts are worth: one pass for each block of 16 tokens, and those of the first draft."""
+    engine = Engine(SERVED, settings=replace(LARGE, drafts="mtp", draft_tokens=1, max_context=80, block_size=16))
+    engine.speculator = Speculator(1, Priced(mtp_pass=price), ngram=False, mtp=True)
+    ran, predict = [], engine.runner.predict
+    engine.runner.predict = lambda *args: ran.append(1) or predict(*args)  # type: ignore[method-assign, func-returns-value]
+    engine.add(BASES[0][:4], SamplingParams(max_tokens=60, ignore_eos=True))
+    while engine.has_work():
+        engine.step()
+    assert len(ran) <= passes + 2
+    assert (engine.stats().draft_tokens == 0) == (price > 0)
 
 
 def test_mtp_alone_needs_an_mtp_layer() -> None:

@@ -145,6 +145,17 @@ def test_mtp_gives_the_plain_models_logits(seed: int) -> None:
     assert distance(packed_logits, logits) < FP32
 
 
+@pytest.mark.parametrize("wanted", [None, [0, 1, 2, 3], [3], [1, 2], []])
+@torch.no_grad()
+def test_hidden_states_come_with_the_same_logits(wanted: list[int] | None) -> None:
+    model = pack(stored_as(0, torch.bfloat16, torch.float32))
+    batch = ForwardBatch.of(tokens(0)[:4])
+    batch = replace(batch, logits_at=None if wanted is None else torch.tensor(wanted, dtype=torch.int64))
+    states, logits = model.with_hidden(batch)
+    assert torch.equal(logits, model(batch))
+    assert torch.equal(states, model.hidden(batch))
+
+
 @torch.no_grad()
 def test_only_the_wanted_logits_are_computed_and_counted() -> None:
     model = pack(stored_as(0, torch.bfloat16, torch.float32))

@@ -1,11 +1,13 @@
 """Drafts by the model's own MTP layer: from the hidden state of the last token, the token after next.
 
-    after a step:    MTP over (h_i, t_{i+1}) of its accepted tokens   -> latents i, state, draft 1
+    after a step:    MTP over (h_i, t_{i+1}) of accepted tokens       -> latents i, state, draft 1
     before a step:   MTP over (state, draft j)                        -> state, draft j + 1
 
-The layer's latents lie in the same blocks as the main ones, row i for token i, and are computed whenever those are:
-chunk by chunk, again after a preemption, and with a shared prefix they are there already. Rows that drafts wrote are
-written again once the drafts are verified. It gives up one row: the last of a shared prefix knows the token that
+The layer's latents lie in the same blocks as the main ones, row i for token i: computed chunk by chunk, again after a
+preemption, and with a shared prefix they are there already. Until a draft is wanted or a block is full, hidden states
+wait: where drafts do not pay, a request costs one pass for a block of tokens, which makes a draft as well, to see whether
+they are better now. Rows that drafts wrote are written
+again once the drafts are verified. It gives up one row: the last of a shared prefix knows the token that
 followed it where it was computed first. That can cost a draft, never change an answer.
 """
 
@@ -35,15 +37,33 @@ class Predicts(Protocol):
 class Followed:
     """Tokens of a request whose main latents a step computed: the first, how many, their rows of its hidden states.
 
-    ahead: whether a draft after the last of them is wanted.
+    fills: whether they fill a block, which others may find from now on. ahead: whether a draft after the last of them
+    is wanted.
     """
 
     request: Request
-    blocks: Sequence[int]
     first: int
     count: int
     row: int
+    fills: bool
     ahead: bool
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Hidden states [T, hidden] of a request's tokens from `first` on, which the layer has not seen yet."""
+
+    first: int
+    hidden_TE: Tensor
+
+    @property
+    def end(self) -> int:
+        """The token after the last of them."""
+        return self.first + len(self.hidden_TE)
+
+    def before(self, part: Followed) -> bool:
+        """Whether `part` goes on where they end; it does not after a preemption."""
+        return self.end == part.first
 
 
 @dataclass(frozen=True)
@@ -56,10 +76,11 @@ class Ahead:
 
 
 class MTPDrafter:
-    """Keeps the MTP layer's latents up with the main ones, and one draft for each request."""
+    """Keeps the MTP layer's latents up with the main ones, and at most one draft for each request."""
 
     def __init__(self) -> None:
         self._ahead: dict[int, Ahead] = {}
+        self._waiting: dict[int, Waiting] = {}
 
     def ready(self, request: Request) -> bool:
         """Whether there is a draft for what the request is now."""
@@ -71,22 +92,37 @@ class MTPDrafter:
         return self._ahead[request.id].token
 
     def follow(self, runner: Predicts, hidden_TE: Tensor, parts: Sequence[Followed]) -> None:
-        """Run the layer over what a step computed and accepted."""
-        tokens: list[int] = []
-        rows: list[int] = []
-        wanted = []
+        """Run the layer over what steps computed and accepted, where it cannot wait any longer."""
+        due: list[tuple[Followed, Waiting]] = []
         for part in parts:
-            following = part.request.tokens[part.first + 1 : part.first + 1 + part.count]
-            tokens += following + part.request.tokens[-1:] * (part.count - len(following))  # ended: nothing follows
-            rows += range(part.row, part.row + part.count)
-            if part.ahead:
-                wanted.append(len(tokens) - 1)
-        spans = [Span(part.blocks, part.first, part.count) for part in parts]
-        states, logits = runner.predict(hidden_TE[rows], spans, tokens, wanted)
+            waiting = self._joined(part, hidden_TE)
+            if part.fills or part.ahead:
+                due.append((part, waiting))
+            else:
+                self._waiting[part.request.id] = Waiting(waiting.first, waiting.hidden_TE.clone())
+        if not due:
+            return
+        tokens: list[int] = []
+        last = []
+        for part, waiting in due:
+            following = part.request.tokens[waiting.first + 1 : waiting.end + 1]
+            tokens += following + part.request.tokens[-1:] * (waiting.end - waiting.first - len(following))  # ended
+            last.append(len(tokens) - 1)
+        spans = [Span(part.request.blocks, one.first, one.end - one.first) for part, one in due]
+        wanted = [row for (part, _), row in zip(due, last, strict=True) if part.ahead]
+        states, logits = runner.predict(torch.cat([one.hidden_TE for _, one in due]), spans, tokens, wanted)
         best = logits.numpy().argmax(-1).tolist() if wanted else []
-        asked = [part.request for part in parts if part.ahead]
+        asked = [part.request for part, _ in due if part.ahead]
         for request, row, token in zip(asked, wanted, best, strict=True):
             self._ahead[request.id] = Ahead(len(request.tokens), states[row].clone(), token)
+
+    def _joined(self, part: Followed, hidden_TE: Tensor) -> Waiting:
+        """A part's hidden states, behind those that wait."""
+        own = hidden_TE[part.row : part.row + part.count]
+        waiting = self._waiting.pop(part.request.id, None)
+        if waiting is None or not waiting.before(part):
+            return Waiting(part.first, own)
+        return Waiting(waiting.first, torch.cat([waiting.hidden_TE, own]))
 
     def drafts(self, runner: Predicts, wishes: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """So many drafts (1 or more) for each request, which is ready and has blocks for them."""
@@ -105,3 +141,4 @@ class MTPDrafter:
     def forget(self, request: Request) -> None:
         """A request ended."""
         self._ahead.pop(request.id, None)
+        self._waiting.pop(request.id, None)

@@ -57,8 +57,7 @@ class Runner:
         with threads_for(len(tokens), self._kernel_rows):
             if not self.mtp:
                 return Computed(self.model(batch), tuple(rows))
-            hidden = self.model.hidden(batch)
-            logits = self.model.logits(hidden[batch.logits_at])
+            hidden, logits = self.model.with_hidden(batch)
         return Computed(logits, tuple(rows), hidden, batch.query_starts)
 
     @torch.inference_mode()

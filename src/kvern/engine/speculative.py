@@ -31,8 +31,6 @@ NGRAM_GUESSES = tuple(matched / (matched + 3.5) for matched in range(LONGEST + 1
 """Chance of a draft after so many equal tokens, before anything was measured."""
 
 MTP_GUESS = 0.6
-HOPELESS, LOOK_AGAIN = 0.15, 16
-"""Below this chance the MTP layer's head is asked at every 16th token only, to see whether it has become better."""
 
 
 class Drafter(Protocol):
@@ -55,6 +53,9 @@ class Drafted:
     proposal: Proposal | None = None
     predicted: tuple[int, ...] = ()
     """Drafts of the MTP layer that are known: all where they are verified, else the first, or none."""
+
+    mtp_pays: bool = True
+    """Whether the MTP layer's drafts promised more than none when it made the last, what they cost included."""
 
 
 @dataclass
@@ -84,9 +85,11 @@ class Speculator:
         )
         drafts: dict[int, tuple[int, ...]] = {}
         predicting: list[tuple[Request, int]] = []
-        for request in [chunk.request for chunk in chunks if chunk.request.decodes]:
+        decoding = [chunk.request for chunk in chunks if chunk.request.decodes]
+        for request in decoding:
             room = min(self._most, scheduler.step_tokens - load.rows, scheduler.room(request))
-            chosen, load = self._choose(request, min(room, request.limit - len(request.tokens) - 1), load)
+            room = min(room, request.limit - len(request.tokens) - 1)
+            chosen, load = self._choose(request, room, load, len(decoding))
             scheduler.reserve(request, chosen.count)
             if chosen.predicted:
                 predicting.append((request, chosen.count))
@@ -126,12 +129,13 @@ class Speculator:
             return
         parts = []
         for one, start in zip(drawings, computed.starts[:-1], strict=True):
-            request, ahead = one.chunk.request, one.finish is None and self._hopeful(one.chunk.request)
             if one.finish != "error":
+                request, size = one.chunk.request, runner.cache.block_size
                 first = request.computed - one.count
-                parts.append(Followed(request, request.blocks, first, one.count, start, ahead and request.decodes))
-        if parts:
-            self._mtp.follow(runner, computed.hidden, parts)
+                fills = first // size < request.computed // size
+                ahead = one.finish is None and request.decodes and (fills or self._hopeful(request))
+                parts.append(Followed(request, first, one.count, start, fills, ahead))
+        self._mtp.follow(runner, computed.hidden, parts)
 
     def forget(self, request: Request) -> None:
         """A request ended."""
@@ -143,8 +147,8 @@ class Speculator:
         """What drafts for one request."""
         return Drafted(NgramDrafter(request.tokens))
 
-    def _choose(self, request: Request, room: int, load: Load) -> tuple[_Choice, Load]:
-        """The better of both kinds of drafts for a request, or none."""
+    def _choose(self, request: Request, room: int, load: Load, decoding: int) -> tuple[_Choice, Load]:
+        """The better of both kinds of drafts for a request, one of so many that decode, or none."""
         drafted = self._of.get(request.id)
         if drafted is None:
             drafted = self._of[request.id] = self.drafter(request)
@@ -157,8 +161,9 @@ class Speculator:
             count, most = best_length(chances, load, context, self._cost)
             best = _Choice(count, proposal.tokens[:count])
         if self._mtp is not None and self._mtp.ready(request):
-            drafted.predicted = (self._mtp.first(request),)
-            count, other = best_length([drafted.mtp_chances.of(0)] * room, load, context, self._cost)
+            making = self._cost.mtp_pass / decoding  # a pass makes one draft for each
+            count, other = best_length([drafted.mtp_chances.of(0)] * room, load, context, self._cost, making)
+            drafted.predicted, drafted.mtp_pays = (self._mtp.first(request),), count > 0
             if other.rate(self._cost) > most.rate(self._cost):
                 best, most = _Choice(count, predicted=True), other
         return best, most
@@ -171,8 +176,7 @@ class Speculator:
 
     def _hopeful(self, request: Request) -> bool:
         drafted = self._of.get(request.id)
-        hopeless = drafted is not None and drafted.mtp_chances.of(0) < HOPELESS
-        return not hopeless or request.generated % LOOK_AGAIN == 0
+        return drafted is None or drafted.mtp_pays
 
 
 def speculator(runner: Runner, settings: EngineSettings) -> Speculator | None:

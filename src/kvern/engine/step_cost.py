@@ -3,6 +3,7 @@
     bytes(n) = weights every row needs + MoE layers * E (1 - (1 - k/E)^n) * an expert's weights
     cost(n, a) = OVERHEAD + bytes(n) / BANDWIDTH + n (active parameters / MULTIPLIES + ROW)
                  + a * layers * heads * (2 rank + rope) / ATTENTION
+    mtp_pass   = PASS + bytes of what one row uses of the MTP layer, and of the head, / BANDWIDTH
 
 n rows that together look at a context rows. Weights are read once for all rows, so a second row is nearly free in a
 dense model, and costs most of a step where it wakes other experts. The constants are seconds of a two-core machine
@@ -17,7 +18,7 @@ from functools import cached_property
 from typing import Protocol
 
 from kvern.config import ModelConfig
-from kvern.plan.memory import account
+from kvern.plan.memory import account, active_mtp_parameters
 
 BANDWIDTH = 33e9
 """Bytes a second."""
@@ -28,8 +29,8 @@ MULTIPLIES = 300e9
 ATTENTION = 90e9
 """Multiplications a second of absorbed attention."""
 
-OVERHEAD, ROW = 1e-3, 1e-4
-"""Seconds of a step, and of each row, outside the products: calls, sampling."""
+OVERHEAD, PASS, ROW = 6e-4, 6e-4, 1e-4
+"""Seconds of a step, of a pass of the MTP layer, and of each row, outside the products: calls, sampling."""
 
 
 class Cost(Protocol):
@@ -37,6 +38,10 @@ class Cost(Protocol):
 
     def __call__(self, rows: int, attended: int) -> float:
         """The cost."""
+
+    @property
+    def mtp_pass(self) -> float:
+        """Of the MTP layer and its head over a row or a few: what one more draft of a request takes."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class StepCost:
         idle = (1 - self._share) ** rows
         read = (self._always + self._experts * (1 - idle)) * self._weight_bytes / BANDWIDTH
         return OVERHEAD + read + rows * (self._active / MULTIPLIES + ROW) + attended * self._attention
+
+    @cached_property
+    def mtp_pass(self) -> float:
+        """Seconds, roughly; 0 without an MTP layer."""
+        config = self.config
+        if not config.num_nextn_predict_layers:
+            return 0.0
+        used = active_mtp_parameters(config) + config.vocab_size * config.hidden_size
+        return PASS + used * self._weight_bytes / BANDWIDTH
 
     @cached_property
     def _weight_bytes(self) -> float:

@@ -94,9 +94,14 @@ class PackedTransformer:
         rows = torch.arange(len(batch.tokens))
         return self._head(None, self.norm, self.config.rms_norm_eps, step, rows)[0]
 
-    def logits(self, hidden_LE: Tensor) -> Tensor:
-        """[L, vocab_size] float32 of hidden states after `model.norm`."""
-        return packed.multiply(hidden_LE, self.head, activations=self.activation_dtype)
+    def with_hidden(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """(hidden states [T, hidden] float32 after `model.norm`, logits as above), in one pass."""
+        step = self._run(batch)
+        norm, eps, every = self.norm, self.config.rms_norm_eps, torch.arange(len(batch.tokens))
+        if batch.logits_at is None or torch.equal(batch.logits_at, every):
+            return self._head(self._head_struct, norm, eps, step, every)
+        hidden_TE = self._head(None, norm, eps, step, every)[0]
+        return hidden_TE, packed.multiply(hidden_TE[batch.logits_at], self.head, activations=self.activation_dtype)
 
     def mtp(self, hidden_TE: Tensor, batch: ForwardBatch, depth: int = 0) -> tuple[Tensor, Tensor]:
         """As `Transformer.mtp`: (states [T, hidden], logits [L, vocab_size]) float32 of the tokens i + 2."""

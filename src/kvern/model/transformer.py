@@ -90,10 +90,12 @@ class Transformer(nn.Module):
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [L, vocab_size] float32 of the tokens `batch.logits_at`, of all when that is None."""
+        return self.with_hidden(batch)[1]
+
+    def with_hidden(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """(hidden states [T, hidden] after `model.norm`, logits as above): what MTP continues from, in the same pass."""
         hidden_TE = self.hidden(batch)
-        if batch.logits_at is not None:
-            hidden_TE = hidden_TE[batch.logits_at]
-        return self.logits(hidden_TE)
+        return hidden_TE, self.logits(hidden_TE if batch.logits_at is None else hidden_TE[batch.logits_at])
 
     @property
     def has_mtp(self) -> bool:

@@ -62,6 +62,12 @@ def account(config: ModelConfig) -> Account:
     )
 
 
+def active_mtp_parameters(config: ModelConfig) -> int:
+    """Parameters of one MTP layer that a token uses, without embedding and head."""
+    layer = config.num_hidden_layers
+    return _mtp_layer(config) - (_idle_experts(config) if config.is_moe(layer) else 0)
+
+
 @dataclass(frozen=True)
 class _Linears:
     """`count` Linears of a layer with one shape; `name` is the module's within the layer, of the first where many."""
