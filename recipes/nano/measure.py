@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
-from bench.drafts import run
+import torch
+from bench.drafts import Run, run
 
 from kvern.config import ModelConfig
 from kvern.engine import EngineSettings
 from kvern.llm import LLM
 from kvern.llm.prepare import Prepared
+from kvern.model import ForwardBatch
 from kvern.plan.memory import account
 from kvern.text.conversation import Conversation
 from kvern.text.messages import Message, Tool
@@ -45,22 +47,32 @@ WEATHER = Tool(
     "The weather in a city",
     {"type": "object", "properties": {"city": {"type": "string", "description": "The city"}}, "required": ["city"]},
 )
-DRAFTED = 128
+CONTINUED = 128
 """Tokens of a continuation whose drafts are measured."""
+
+KINDS: tuple[Literal["mtp", "auto"], ...] = ("mtp", "auto")
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Answers with drafts of one kind beside the same without: medians over pairs."""
+
+    tokens_per_step: float
+    tokens_per_s: float
+    ratio: float
+    equal: bool
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """Medians over pairs. acceptance: part of the drafted tokens that were right."""
+    """right: how often the MTP layer's first draft is the token that comes, whether or not it was worth verifying."""
 
     work: str
     answers: int
-    acceptance: float | None
-    tokens_per_step: float
+    right: float
     off_tokens_per_s: float
-    on_tokens_per_s: float
-    ratio: float
-    equal: bool
+    mtp: Drafted
+    auto: Drafted
 
 
 def measure(folder: Path, data: Path, *, pairs: int = 3, count: int = 50, most: int | None = 300_000) -> dict[str, Any]:
@@ -84,8 +96,8 @@ def measure(folder: Path, data: Path, *, pairs: int = 3, count: int = 50, most: 
 
 def drafts(folder: Path, held_out: Sequence[Document], known: Sequence[Function], pairs: int) -> list[Drafts]:
     """MTP's drafts: continuing held-out code, and returning functions with a variable renamed."""
-    llm = LLM(folder, settings=EngineSettings(drafts="mtp"))
-    options = SamplingOptions.of(temperature=0.0, max_tokens=DRAFTED)
+    llm = LLM(folder, settings=EngineSettings(drafts="auto"))
+    options = SamplingOptions.of(temperature=0.0, max_tokens=CONTINUED)
     texts = [one.text[:1500] for one in held_out if one.kind == "library" and len(one.text) > 3000][:8]
     rows = (rename_it(function, seeded("drafts", function.key)) for function in known)
     asks = [row["messages"][0]["content"] for row in rows if row is not None][:8]
@@ -119,11 +131,10 @@ def as_markdown(figures: dict[str, Any]) -> str:
     ]
     lines += ["", "| task | right |", "|---|---|"]
     lines += [f"| {x['task']} | {x['right']} of {x['asked']} |" for x in figures["tasks"]]
-    lines += ["", "| drafts of | right | tokens a step | off | on | ratio |", "|---|---|---|---|---|---|"]
+    lines += ["", "| drafts | MTP's first right | off | `mtp` | `auto` |", "|---|---|---|---|---|"]
     for x in figures["drafts"]:
-        right = "-" if x["acceptance"] is None else f"{x['acceptance']:.0%}"
-        speeds = f"{x['off_tokens_per_s']:.0f} tok/s | {x['on_tokens_per_s']:.0f} tok/s | {x['ratio']:.2f}"
-        lines.append(f"| {x['work']} | {right} | {x['tokens_per_step']:.2f} | {speeds} |")
+        kinds = " | ".join(f"{x[kind]['ratio']:.2f} ({x[kind]['tokens_per_step']:.2f})" for kind in ("mtp", "auto"))
+        lines.append(f"| {x['work']} | {x['right']:.0%} | {x['off_tokens_per_s']:,.0f} tok/s | {kinds} |")
     for name, text in figures["samples"].items():
         lines += ["", f"{name}:", "", "```text", text, "```"]
     return "\n".join(lines)
@@ -131,23 +142,41 @@ def as_markdown(figures: dict[str, Any]) -> str:
 
 def _drafted(llm: LLM, name: str, work: Sequence[Prepared], pairs: int) -> Drafts:
     """One answer at a time, as one user would wait for it."""
-    ratios, offs, ons = list[float](), list[float](), list[float]()
-    run(llm.engine, [replace(work[0], params=replace(work[0].params, max_tokens=8))], "mtp")
+    run(llm.engine, [replace(work[0], params=replace(work[0].params, max_tokens=8))], "auto")
+    offs: list[float] = []
+    ons: dict[str, list[tuple[float, list[Run]]]] = {kind: [] for kind in KINDS}
     for _ in range(pairs):
         off = [run(llm.engine, [one], "off") for one in work]
-        on = [run(llm.engine, [one], "mtp") for one in work]
-        rates = [sum(one.tokens for one in runs) / sum(one.seconds for one in runs) for runs in (off, on)]
-        offs, ons, ratios = [*offs, rates[0]], [*ons, rates[1]], [*ratios, rates[1] / rates[0]]
-    drafted = sum(one.drafted for one in on)
-    return Drafts(
-        name,
-        len(work),
-        sum(one.accepted for one in on) / drafted if drafted else None,
-        sum(one.tokens for one in on) / sum(one.steps for one in on),
-        median(offs),
-        median(ons),
-        median(ratios),
-        [one.answers for one in off] == [one.answers for one in on],
+        offs.append(_rate(off))
+        for kind in KINDS:
+            on = [run(llm.engine, [one], kind) for one in work]
+            ons[kind].append((_rate(on), on))
+    found = {kind: _summary(off, offs, runs) for kind, runs in ons.items()}
+    hits = [hit for one, ran in zip(work, off, strict=True) for hit in first_drafts(llm, one.prompt, ran.answers[0])]
+    return Drafts(name, len(work), sum(hits) / len(hits), median(offs), found["mtp"], found["auto"])
+
+
+@torch.inference_mode()
+def first_drafts(llm: LLM, prompt: Sequence[int], answer: Sequence[int]) -> list[bool]:
+    """For each token of an answer from the second on, whether the MTP layer would have drafted it."""
+    tokens, begun = [*prompt, *answer], len(prompt)
+    hidden = llm.engine.model.hidden(ForwardBatch.of(tokens[:-1]))
+    _, logits = llm.engine.model.mtp(hidden, ForwardBatch.of(tokens[1:]))
+    drafts = logits.argmax(-1).tolist()  # draft i is for token i + 2
+    return [drafts[at - 2] == tokens[at] for at in range(begun + 1, len(tokens))]
+
+
+def _rate(runs: Sequence[Run]) -> float:
+    return sum(one.tokens for one in runs) / sum(one.seconds for one in runs)
+
+
+def _summary(off: Sequence[Run], offs: Sequence[float], ons: Sequence[tuple[float, list[Run]]]) -> Drafted:
+    last = ons[-1][1]
+    return Drafted(
+        sum(one.tokens for one in last) / sum(one.steps for one in last),
+        median(rate for rate, _ in ons),
+        median(rate / before for before, (rate, _) in zip(offs, ons, strict=True)),
+        [one.answers for one in off] == [one.answers for one in last],
     )
 
 

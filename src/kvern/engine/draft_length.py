@@ -2,7 +2,8 @@
 
     max over k of (tokens so far + sum_{j <= k} p_1 ... p_j) / (cost(rows + k, context rows read) + k * making)
 
-making is what it costs to make a draft: nothing for one that is looked up, a pass of the MTP layer else. p_j, the chance that draft j is right if those before it are, is measured for each request; see `Chances`.
+making is what it costs to make a draft: nothing for one that is looked up, else a pass of the MTP layer. p_j, the
+chance that draft j is right if those before it are, is measured for each request; see `Chances`.
 """
 
 from __future__ import annotations

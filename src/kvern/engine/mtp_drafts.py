@@ -5,10 +5,10 @@
 
 The layer's latents lie in the same blocks as the main ones, row i for token i: computed chunk by chunk, again after a
 preemption, and with a shared prefix they are there already. Until a draft is wanted or a block is full, hidden states
-wait: where drafts do not pay, a request costs one pass for a block of tokens, which makes a draft as well, to see whether
-they are better now. Rows that drafts wrote are written
-again once the drafts are verified. It gives up one row: the last of a shared prefix knows the token that
-followed it where it was computed first. That can cost a draft, never change an answer.
+wait: where drafts do not pay, a request costs one pass for a block of tokens. It makes a draft as well, to see whether
+they are better now. Rows that drafts wrote are written again once the drafts are verified. It gives up one row: the
+last of a shared prefix knows the token that followed it where it was computed first. That can cost a draft, never
+change an answer.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ class Followed:
     ahead: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Waiting:
-    """Hidden states [T, hidden] of a request's tokens from `first` on, which the layer has not seen yet."""
+    """Hidden states [T, hidden] of a request's tokens from `first` to before `end`: the layer has not seen them yet."""
 
     first: int
-    hidden_TE: Tensor
+    end: int
+    parts: list[Tensor]
 
-    @property
-    def end(self) -> int:
-        """The token after the last of them."""
-        return self.first + len(self.hidden_TE)
-
-    def before(self, part: Followed) -> bool:
-        """Whether `part` goes on where they end; it does not after a preemption."""
-        return self.end == part.first
+    def add(self, part: Followed, hidden_TE: Tensor) -> None:
+        """A step's hidden states: those of `part` go behind the others, or take their place after a preemption."""
+        if part.first != self.end:
+            self.first, self.parts = part.first, []
+        own = hidden_TE[part.row : part.row + part.count]
+        self.parts.append(own if part.count == len(hidden_TE) else own.clone())  # else it keeps all of them alive
+        self.end = part.first + part.count
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,9 @@ class MTPDrafter:
 
     def follow(self, runner: Predicts, hidden_TE: Tensor, parts: Sequence[Followed]) -> None:
         """Run the layer over what steps computed and accepted, where it cannot wait any longer."""
-        due: list[tuple[Followed, Waiting]] = []
         for part in parts:
-            waiting = self._joined(part, hidden_TE)
-            if part.fills or part.ahead:
-                due.append((part, waiting))
-            else:
-                self._waiting[part.request.id] = Waiting(waiting.first, waiting.hidden_TE.clone())
+            self._waiting.setdefault(part.request.id, Waiting(part.first, part.first, [])).add(part, hidden_TE)
+        due = [(part, self._waiting.pop(part.request.id)) for part in parts if part.fills or part.ahead]
         if not due:
             return
         tokens: list[int] = []
@@ -110,19 +106,11 @@ class MTPDrafter:
             last.append(len(tokens) - 1)
         spans = [Span(part.request.blocks, one.first, one.end - one.first) for part, one in due]
         wanted = [row for (part, _), row in zip(due, last, strict=True) if part.ahead]
-        states, logits = runner.predict(torch.cat([one.hidden_TE for _, one in due]), spans, tokens, wanted)
+        states, logits = runner.predict(torch.cat([h for _, one in due for h in one.parts]), spans, tokens, wanted)
         best = logits.numpy().argmax(-1).tolist() if wanted else []
         asked = [part.request for part, _ in due if part.ahead]
         for request, row, token in zip(asked, wanted, best, strict=True):
             self._ahead[request.id] = Ahead(len(request.tokens), states[row].clone(), token)
-
-    def _joined(self, part: Followed, hidden_TE: Tensor) -> Waiting:
-        """A part's hidden states, behind those that wait."""
-        own = hidden_TE[part.row : part.row + part.count]
-        waiting = self._waiting.pop(part.request.id, None)
-        if waiting is None or not waiting.before(part):
-            return Waiting(part.first, own)
-        return Waiting(waiting.first, torch.cat([waiting.hidden_TE, own]))
 
     def drafts(self, runner: Predicts, wishes: Sequence[tuple[Request, int]]) -> list[tuple[int, ...]]:
         """So many drafts (1 or more) for each request, which is ready and has blocks for them."""

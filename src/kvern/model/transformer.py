@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         return self.with_hidden(batch)[1]
 
     def with_hidden(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """(hidden states [T, hidden] after `model.norm`, logits as above): what MTP continues from, in the same pass."""
+        """(hidden states [T, hidden] after `model.norm`, logits as above): MTP continues from the former."""
         hidden_TE = self.hidden(batch)
         return hidden_TE, self.logits(hidden_TE if batch.logits_at is None else hidden_TE[batch.logits_at])
 
