@@ -18,10 +18,11 @@ from kvern.engine.step_cost import StepCost
 class Linear:
     """Ten, and one a row."""
 
-    mtp_pass = 3.0
-
     def __call__(self, rows: int, attended: int) -> float:
         return 10.0 + rows
+
+    def mtp_pass(self, rows: int) -> float:
+        return 3.0
 
 
 linear = Linear()
@@ -95,5 +96,6 @@ def test_drafts_that_cost_as_much_as_they_save_are_not_made() -> None:
 def test_a_pass_of_the_mtp_layer_costs_a_layer_and_the_head() -> None:
     sparse = dense(first_k_dense_replace=1, n_routed_experts=64, num_experts_per_tok=4, moe_intermediate_size=1024)
     config = replace(sparse, num_nextn_predict_layers=1)
-    assert StepCost(sparse).mtp_pass == 0
-    assert 0.05 < StepCost(config).mtp_pass / StepCost(config)(1, 1) < 0.5
+    cost = StepCost(config)
+    assert 0.05 < cost.mtp_pass(1) / cost(1, 1) < 0.5
+    assert cost.mtp_pass(1) < cost.mtp_pass(8) < 8 * cost.mtp_pass(1), "rows wake experts, and share the rest"

@@ -49,13 +49,16 @@ Guess = Callable[[Sequence[int], int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Priced:
-    """A step costs 1 and so much more for each row, a pass of the MTP layer what it says."""
+    """A step costs 1 and so much more for each row; a pass of the MTP layer."""
 
     row: float = 0.0
-    mtp_pass: float = 0.0
+    drafting: float = 0.0
 
     def __call__(self, rows: int, attended: int) -> float:
         return 1.0 + self.row * rows
+
+    def mtp_pass(self, rows: int) -> float:
+        return self.drafting
 
 
 free = Priced()
@@ -346,7 +349,7 @@ def test_mtp_drafts_are_those_of_the_whole_sequence(
 def test_an_mtp_layer_that_does_not_pay_hardly_runs(price: float, passes: int) -> None:
     """Whatever its drafts are worth: one pass for each block of 16 tokens, and those of the first draft."""
     engine = Engine(SERVED, settings=replace(LARGE, drafts="mtp", draft_tokens=1, max_context=80, block_size=16))
-    engine.speculator = Speculator(1, Priced(mtp_pass=price), ngram=False, mtp=True)
+    engine.speculator = Speculator(1, Priced(drafting=price), ngram=False, mtp=True)
     ran, predict = [], engine.runner.predict
     engine.runner.predict = lambda *args: ran.append(1) or predict(*args)  # type: ignore[method-assign, func-returns-value]
     engine.add(BASES[0][:4], SamplingParams(max_tokens=60, ignore_eos=True))

@@ -161,7 +161,7 @@ class Speculator:
             count, most = best_length(chances, load, context, self._cost)
             best = _Choice(count, proposal.tokens[:count])
         if self._mtp is not None and self._mtp.ready(request):
-            making = self._cost.mtp_pass / decoding  # a pass makes one draft for each
+            making = self._cost.mtp_pass(decoding) / decoding  # a pass makes one draft for each
             count, other = best_length([drafted.mtp_chances.of(0)] * room, load, context, self._cost, making)
             drafted.predicted, drafted.mtp_pays = (self._mtp.first(request),), count > 0
             if other.rate(self._cost) > most.rate(self._cost):

@@ -3,7 +3,7 @@
     bytes(n) = weights every row needs + MoE layers * E (1 - (1 - k/E)^n) * an expert's weights
     cost(n, a) = OVERHEAD + bytes(n) / BANDWIDTH + n (active parameters / MULTIPLIES + ROW)
                  + a * layers * heads * (2 rank + rope) / ATTENTION
-    mtp_pass   = PASS + bytes of what one row uses of the MTP layer, and of the head, / BANDWIDTH
+    mtp_pass(n) = PASS + bytes(n) of the MTP layer and the head / BANDWIDTH
 
 n rows that together look at a context rows. Weights are read once for all rows, so a second row is nearly free in a
 dense model, and costs most of a step where it wakes other experts. The constants are seconds of a two-core machine
@@ -39,9 +39,8 @@ class Cost(Protocol):
     def __call__(self, rows: int, attended: int) -> float:
         """The cost."""
 
-    @property
-    def mtp_pass(self) -> float:
-        """Of the MTP layer and its head over a row or a few: what one more draft of a request takes."""
+    def mtp_pass(self, rows: int) -> float:
+        """Of the MTP layer and its head over a row each of so many requests: one more draft for each."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,18 @@ class StepCost:
 
     def __call__(self, rows: int, attended: int) -> float:
         """Seconds, roughly."""
-        idle = (1 - self._share) ** rows
-        read = (self._always + self._experts * (1 - idle)) * self._weight_bytes / BANDWIDTH
+        read = self._reading(self._always, self._experts, rows)
         return OVERHEAD + read + rows * (self._active / MULTIPLIES + ROW) + attended * self._attention
 
-    @cached_property
-    def mtp_pass(self) -> float:
-        """Seconds, roughly; 0 without an MTP layer."""
-        config = self.config
-        if not config.num_nextn_predict_layers:
-            return 0.0
-        used = active_mtp_parameters(config) + config.vocab_size * config.hidden_size
-        return PASS + used * self._weight_bytes / BANDWIDTH
+    def mtp_pass(self, rows: int) -> float:
+        """Seconds, roughly, of a model with an MTP layer."""
+        config, experts = self.config, self._layer_experts if self.config.is_moe(self.config.num_hidden_layers) else 0
+        always = active_mtp_parameters(config) - self._share * experts + config.vocab_size * config.hidden_size
+        return PASS + self._reading(always, experts, rows)
+
+    def _reading(self, always: float, experts: int, rows: int) -> float:
+        """Seconds to read what any row needs, and those of the experts that so many rows choose."""
+        return (always + experts * (1 - (1 - self._share) ** rows)) * self._weight_bytes / BANDWIDTH
 
     @cached_property
     def _weight_bytes(self) -> float:
@@ -80,9 +79,12 @@ class StepCost:
     @cached_property
     def _experts(self) -> int:
         """Parameters of all routed experts."""
+        return self._layer_experts * sum(self.config.is_moe(layer) for layer in range(self.config.num_hidden_layers))
+
+    @cached_property
+    def _layer_experts(self) -> int:
         config = self.config
-        layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
-        return layers * (config.n_routed_experts or 0) * 3 * config.hidden_size * config.moe_intermediate_size
+        return (config.n_routed_experts or 0) * 3 * config.hidden_size * config.moe_intermediate_size
 
     @cached_property
     def _active(self) -> int:
