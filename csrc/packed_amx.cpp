@@ -2,12 +2,13 @@
 //
 // Sixteen decoded BF16 tiles in a row are a tile operand as they lie: pairs of columns by sixteen rows of W. tdpbf16ps sums
 // the even and the odd products of 32 columns apart, each in order, and adds even + odd to the sum. A row of y comes from
-// its own row of x by that order, whether one row is multiplied or hundreds, so one form serves all. What it gives up: FP8
-// is decoded into L1 even for a single row, and subnormal BF16 numbers (under 1e-38) count as zeros.
+// its own row of x by that order, whether one row is multiplied or hundreds; a single row is multiplied by it in registers.
+// What it gives up: subnormal BF16 numbers (under 1e-38) count as zeros.
 #include <immintrin.h>
 
 #include "amx.h"
 #include "packed_amx_few.h"
+#include "packed_amx_one.h"
 #include "packed_avx512.h"
 #include "rows_body.h"
 
@@ -18,7 +19,10 @@ using kvern::kMostSums;
 constexpr int64_t kRows = 16;                     // columns of x in a tile
 constexpr int64_t kAheadColumns = 256;            // that memory is asked for before their turn
 
-struct Bf16Tiles : Bf16Kind {};
+struct Bf16Tiles : Bf16Kind {
+  // A tile as pairs of columns, 16 rows in a register.
+  static void decode(const uint8_t* tile, __m512i* pairs) { pairs[0] = _mm512_loadu_si512(tile); }
+};
 
 // E4M3 to BF16 by two look-ups of 64 bytes instead of 128, which the port of the tile unit has to share. An index is a code
 // without bit 6, and with bit 5 set where bit 6 is: all that the low byte depends on, since the numbers that are not
@@ -40,15 +44,22 @@ constexpr Halves kHalves;
 struct E4m3Tiles : E4m3Kind {
   static constexpr bool is_decoded = true;
 
-  static void decode_tile(const uint8_t* tile, uint8_t* to) {
+  static void decode(const uint8_t* tile, __m512i* pairs) {
     const __m512i codes = _mm512_loadu_si512(tile), shifted = _mm512_srli_epi16(codes, 1);
     const __m512i at = _mm512_ternarylogic_epi32(codes, shifted, _mm512_set1_epi8(0x20), 0xf8);  // codes | (shifted & 0x20)
     const __m512i low = _mm512_permutexvar_epi8(at, _mm512_load_si512(kHalves.low));
     // A matrix of bits: bit 7 stays, bits 6 and 5 become bits 2 and 1.
     const __m512i rest = _mm512_gf2p8affine_epi64_epi8(codes, _mm512_set1_epi64(0x0020400000000080), 0);
     const __m512i high = _mm512_add_epi8(_mm512_permutexvar_epi8(at, _mm512_load_si512(kHalves.high)), rest);
-    _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
-    _mm512_store_si512(to + kTileBytes, _mm512_unpackhi_epi8(low, high));
+    pairs[0] = _mm512_unpacklo_epi8(low, high);
+    pairs[1] = _mm512_unpackhi_epi8(low, high);
+  }
+
+  static void decode_tile(const uint8_t* tile, uint8_t* to) {
+    __m512i pairs[2];
+    decode(tile, pairs);
+    _mm512_store_si512(to, pairs[0]);
+    _mm512_store_si512(to + kTileBytes, pairs[1]);
   }
 };
 
@@ -177,6 +188,7 @@ void arrange_tiles(const float* x, int64_t size, int64_t elements, int copies, i
 
 template <class K>
 void multiply_tiles(const Product& task, int64_t first, int64_t last) {
+  if (task.x.count == 1 && task.x.group == 1) return OneColumn<K>(task).run(first, last);
   if (task.x.count <= task.x.group) {
     const kvern::TileRows rows(static_cast<int>(task.x.group));
     return FewColumns<K>(task).run(first, last);

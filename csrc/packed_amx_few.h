@@ -13,8 +13,9 @@
 
 namespace {
 
-constexpr int64_t kSpan = 32;       // columns of W in a tile
-constexpr int64_t kTileRows = 16;   // columns of x in a tile, at most
+using kvern::kSpan;
+
+constexpr int64_t kTileRows = 16;  // columns of x in a tile, at most
 
 // K gives depth, is_decoded, is_scaled, and decode_tile(stored, decoded) for the kinds that are decoded.
 template <class K>

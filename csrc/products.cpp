@@ -200,13 +200,15 @@ const void* Products::Work::tiles(size_t chunk) const {
   return chunk < chunks.size() ? tiles_at(chunks[chunk].product.w, chunks[chunk].first) : nullptr;
 }
 
-// The claim behind the last chunk is most likely another thread's, so this one goes on further behind.
+// Chunks that follow each other in one weight are one call. The claim behind the last chunk is most likely another
+// thread's, so this one goes on further behind.
 void Products::Work::run(size_t claim) const {
   const auto start_of = [&](size_t at) { return at < starts.size() ? starts[at] : chunks.size(); };
   const size_t end = start_of(claim + 1), then = start_of(claim + static_cast<size_t>(threads()));
-  for (size_t i = starts[claim]; i < end; ++i) {
+  for (size_t i = starts[claim], after; i < end; i = after) {
     const Chunk& chunk = chunks[i];
-    run_chunk(chunk.product, chunk.source, chunk.first, chunk.last, tiles(i + 1 < end ? i + 1 : then));
+    for (after = i + 1; after < end && chunks[after].first == chunks[after - 1].last;) ++after;
+    run_chunk(chunk.product, chunk.source, chunk.first, chunks[after - 1].last, tiles(after < end ? after : then));
   }
 }
 
