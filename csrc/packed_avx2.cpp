@@ -67,7 +67,10 @@ struct E4m3Singles : E4m3Kind {
   static void decode(const uint8_t* tile, int step, Halves* w) {
     const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + 16 * step)));
     const __m256i half = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-    w[0] = {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+    alignas(32) __m128i parts[2];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(parts), half);
+    __asm__("" : "+m"(parts));  // from memory they are converted without the port that shuffles, which was the limit
+    w[0] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
   }
 };
 
