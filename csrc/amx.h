@@ -10,7 +10,7 @@
 
 namespace kvern {
 
-constexpr int64_t kSpan = 32;  // columns of W in a tile
+constexpr int64_t kSpan = 32;  // columns of W in a tile, of which 16 are even
 constexpr int kMostSums = 4;  // tiles 0 to 3 hold sums, 4 the operand that all share, 5 to 7 the others
 
 // Tiles 0 to 4 with `rows` rows, the others with 16. Released at the end, so that a waiting thread has no tiles to save.

@@ -9,6 +9,7 @@
 #include "amx.h"
 #include "packed_amx_few.h"
 #include "packed_amx_one.h"
+#include "packed_amx_order.h"
 #include "packed_avx512.h"
 #include "rows_body.h"
 
@@ -193,12 +194,9 @@ void multiply_tiles(const Product& task, int64_t first, int64_t last) {
     const kvern::TileRows rows(static_cast<int>(task.x.group));
     return FewColumns<K>(task).run(first, last);
   }
-  static thread_local std::vector<float> memory;
-  const auto numbers = static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kMostSums * kLanes + kLanes);
-  if (memory.size() < numbers) memory.resize(numbers);
-  auto* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  float* totals = scratch(kvern::round_up(task.x.count, task.x.group) * kMostSums * kLanes);
   const kvern::TileRows rows(static_cast<int>(task.x.group));
-  Amx<K> amx(task, aligned);
+  Amx<K> amx(task, totals);
   for (; first + 4 <= last; first += 4) amx.template panels<4>(first);
   for (; first + 2 <= last; first += 2) amx.template panels<2>(first);
   if (first < last) amx.template panels<1>(first);

@@ -8,12 +8,12 @@
 #include <immintrin.h>
 
 #include "amx.h"
+#include "packed_amx_order.h"
 #include "packed_avx512.h"
 
 namespace {
 
 constexpr int64_t kRows = 16;       // columns of x in a tile
-constexpr int64_t kSpan = 32;       // columns of W in a tile, of which 16 are even
 constexpr int64_t kSpanTiles = 4;   // stored
 constexpr int64_t kSpanBytes = 16 * kTileBytes;  // decoded
 constexpr int64_t kBlock = 128;     // columns of W decoded at a time
@@ -21,18 +21,6 @@ constexpr int kFew = 3;             // up to so many columns of x are multiplied
 constexpr int kMostPanels = 4;
 
 struct Int4Words : Int4Kind {};
-
-// While one lives, subnormal numbers count as zeros.
-class FlushSubnormals {
- public:
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-  FlushSubnormals(const FlushSubnormals&) = delete;
-  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-
- private:
-  unsigned saved_;
-};
 
 const uint16_t* scales_of(const kvern_packed& w, int64_t panel, int64_t group) {
   return static_cast<const uint16_t*>(w.scales) + (panel * (kvern::padded_k(w) / w.group) + group) * kLanes;
@@ -96,17 +84,6 @@ void multiply_few_panels(const Product& task, int64_t first, int64_t last, const
     for (int m = 0; m < M; ++m) _mm512_store_ps(out + (m * P + p) * kLanes, totals[p][m]);
   }
   deliver<Avx512Sums>(task, first, P, out, P, 0, M);
-}
-
-// The columns of x in FP32, each span's even numbers before its odd ones.
-void widen(const Columns& x, float* out) {
-  for (int64_t c = 0; c < x.count; ++c) {
-    for (int64_t e = 0; e < x.elements; e += 16, out += kSpan) {
-      const __m512i pairs = _mm512_loadu_si512(x.data + e * x.group + c * kvern::kTileElements);
-      _mm512_store_si512(out, _mm512_slli_epi32(pairs, 16));
-      _mm512_store_si512(out + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-    }
-  }
 }
 
 template <int M = kFew>
@@ -195,12 +172,6 @@ struct Many {
     if (first < last) panels<1, M>(first);
   }
 };
-
-float* scratch(int64_t numbers) {
-  static thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < numbers + kLanes) memory.resize(static_cast<size_t>(numbers + kLanes));
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-}
 
 [[gnu::noinline]] void multiply_columns(const Product& task, int64_t first, int64_t last) {
   const Columns& x = task.x;

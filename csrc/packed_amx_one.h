@@ -7,26 +7,10 @@
 
 #include <immintrin.h>
 
-#include <vector>
-
-#include "amx.h"
+#include "packed_amx_order.h"
 #include "packed_avx512.h"
 
 namespace {
-
-using kvern::kSpan;
-
-// Subnormal numbers count as zeros, and none come out, as with AMX.
-class FlushesSubnormals {
- public:
-  FlushesSubnormals() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
-  ~FlushesSubnormals() { _mm_setcsr(before); }
-  FlushesSubnormals(const FlushesSubnormals&) = delete;
-  FlushesSubnormals& operator=(const FlushesSubnormals&) = delete;
-
- private:
-  const unsigned before;
-};
 
 // K gives depth, is_scaled, and decode(tile, pairs): depth / 2 registers, each two columns of 16 rows in BF16.
 template <class K>
@@ -36,18 +20,10 @@ class OneColumn {
 
   // All of [first, last), of which `first` is even.
   void run(int64_t first, int64_t last) {
-    const FlushesSubnormals flushes;
-    static thread_local std::vector<float> memory;
-    const int64_t half = kvern::padded_k(task.w) / 2;
-    if (static_cast<int64_t>(memory.size()) < 2 * half) memory.resize(static_cast<size_t>(2 * half));
-    float *even = memory.data(), *odd = even + half;
-    for (int64_t at = 0; at < half; at += kLanes) {
-      const __m512i pairs = _mm512_loadu_si512(task.x.data + at);
-      _mm512_storeu_ps(even + at, first_of(pairs));
-      _mm512_storeu_ps(odd + at, second_of(pairs));
-    }
-    x_even = even;
-    x_odd = odd;
+    const FlushSubnormals flush;
+    float* wide = scratch(kvern::padded_k(task.w));
+    widen(task.x, wide);
+    x = wide;
     const int64_t pairs = (last - first) / 2;
     const bool has_single = (last - first) % 2;
     stream<2>(first, pairs, has_single ? tiles(first + 2 * pairs) : static_cast<const uint8_t*>(task.next));
@@ -67,10 +43,9 @@ class OneColumn {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
 
-  // sums[p] += one span of panel p times 32 numbers of x.
+  // sums[p] += one span of panel p times the numbers of x that it meets: 16 even, 16 odd.
   template <int P>
-  [[gnu::always_inline]] void add_span(const uint8_t* stored, const uint8_t* ahead, int64_t column, __m512 (&sums)[P]) const {
-    const float *first = x_even + column / 2, *second = x_odd + column / 2;
+  [[gnu::always_inline]] void add_span(const uint8_t* stored, const uint8_t* ahead, const float* numbers, __m512 (&sums)[P]) const {
     __m512 even[P], odd[P];
     for (int p = 0; p < P; ++p) even[p] = odd[p] = _mm512_setzero_ps();
 #pragma GCC unroll 8
@@ -83,8 +58,8 @@ class OneColumn {
         __m512i pairs[kPairs];
         K::decode(stored + at, pairs);
         for (int i = 0; i < kPairs; ++i) {
-          even[p] = _mm512_fmadd_ps(first_of(pairs[i]), _mm512_set1_ps(first[t * kPairs + i]), even[p]);
-          odd[p] = _mm512_fmadd_ps(second_of(pairs[i]), _mm512_set1_ps(second[t * kPairs + i]), odd[p]);
+          even[p] = _mm512_fmadd_ps(first_of(pairs[i]), _mm512_set1_ps(numbers[t * kPairs + i]), even[p]);
+          odd[p] = _mm512_fmadd_ps(second_of(pairs[i]), _mm512_set1_ps(numbers[kSpan / 2 + t * kPairs + i]), odd[p]);
         }
       }
     }
@@ -107,7 +82,7 @@ class OneColumn {
         for (int p = 0; p < P; ++p) sums[p] = _mm512_setzero_ps();
         const int64_t end = least((group + 1) * of_group, spans);
         for (int64_t span = group * of_group; span < end; ++span, stored += kBytes) {
-          add_span<P>(stored, stream.ahead(stored), span * kSpan, sums);
+          add_span<P>(stored, stream.ahead(stored), x + span * kSpan, sums);
         }
         for (int p = 0; p < P; ++p) {
           const float by = K::is_scaled ? static_cast<const float*>(task.w.scales)[(panel + p) * groups + group] : 1.0f;
@@ -121,7 +96,7 @@ class OneColumn {
   }
 
   const Product& task;
-  const float *x_even = nullptr, *x_odd = nullptr;  // the numbers of even columns and of odd ones, in FP32
+  const float* x = nullptr;  // its numbers, see `widen`
 };
 
 }  // namespace
