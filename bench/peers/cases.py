@@ -66,7 +66,7 @@ BASE = (
     Case("pp512", "prefill 512", "prefill", 512, bars=_bars((2.5, 4.0), (0.9, 1.3))),
     Case("pp4096", "prefill 4096", "prefill", 4096, bars=_bars((2.5, 4.0), (0.9, 1.3))),
     Case("x1-4bit", "1 stream, 4-bit", bits=4, bars=_bars((1.3, 1.5), (1.0, 1.0))),
-    Case("x1-busy", "1 stream, a core busy", tokens=64, busy=True, bars=_bars((2.0, 2.0), (2.0, 2.0))),
+    Case("x1-busy", "1 stream, a core busy", tokens=32, busy=True, bars=_bars((2.0, 2.0), (2.0, 2.0))),
     Case("x1-avx2", "1 stream, AVX2 only", avx2=True, full=True, bars=_bars((1.1, 1.3), (1.0, 1.0))),
     Case("memory", "memory at rest, depth 4096", "memory", 64, depth=4096, rounds=1, bars={LLAMA: Bar(1.0, 1.0)}),
 )

@@ -61,8 +61,9 @@ class Checkpoints:
         return path
 
     def _quantize(self, out: Path, kind: str) -> None:
-        source = self._bf16_gguf() if self.model == "base" else self.qwen2()
-        tool = self.setup.llama_tools() / "llama-quantize"
+        base = self.model == "base"
+        source = self._bf16_gguf() if base else self.qwen2()
+        tool = self.setup.llama_tools(amx=not base) / "llama-quantize"  # of the build that will run the file
         self.setup.run(f"quantise {self.model} {kind}", [tool, "--allow-requantize", source, out, kind])
 
     def _bf16_gguf(self) -> Path:
