@@ -2,14 +2,13 @@
 //
 // Sixteen decoded BF16 tiles in a row are a tile operand as they lie: pairs of columns by sixteen rows of W. tdpbf16ps sums
 // the even and the odd products of 32 columns apart, each in order, and adds even + odd to the sum. A row of y comes from
-// its own row of x by that order, whether one row is multiplied or hundreds; a single row is multiplied by it in registers.
+// its own row of x by that order, whether one row is multiplied or hundreds; a few are multiplied by it in registers.
 // What it gives up: subnormal BF16 numbers (under 1e-38) count as zeros.
 #include <immintrin.h>
 
 #include "amx.h"
 #include "packed_amx_few.h"
-#include "packed_amx_one.h"
-#include "packed_amx_order.h"
+#include "packed_amx_registers.h"
 #include "packed_avx512.h"
 #include "rows_body.h"
 
@@ -19,10 +18,15 @@ using kvern::kMostSums;
 
 constexpr int64_t kRows = 16;                     // columns of x in a tile
 constexpr int64_t kAheadColumns = 256;            // that memory is asked for before their turn
+constexpr int kFew = 1;                           // up to so many columns of x are multiplied without tiles: three are 7 % slower
 
 struct Bf16Tiles : Bf16Kind {
-  // A tile as pairs of columns, 16 rows in a register.
-  static void decode(const uint8_t* tile, __m512i* pairs) { pairs[0] = _mm512_loadu_si512(tile); }
+  using Loaded = __m512i;
+  static __m512i load(const uint8_t* tile) { return _mm512_loadu_si512(tile); }
+  static __m512 first(__m512i pairs, int) { return first_of(pairs); }
+  static __m512 second(__m512i pairs, int) { return second_of(pairs); }
+  static int64_t group(const kvern_packed& w) { return kvern::padded_k(w); }
+  static __m512 scale(const kvern_packed&, int64_t, int64_t) { return _mm512_set1_ps(1.0f); }
 };
 
 // E4M3 to BF16 by two look-ups of 64 bytes instead of 128, which the port of the tile unit has to share. An index is a code
@@ -45,22 +49,32 @@ constexpr Halves kHalves;
 struct E4m3Tiles : E4m3Kind {
   static constexpr bool is_decoded = true;
 
-  static void decode(const uint8_t* tile, __m512i* pairs) {
+  struct Loaded {
+    __m512i of[2];
+  };
+
+  static Loaded load(const uint8_t* tile) {
     const __m512i codes = _mm512_loadu_si512(tile), shifted = _mm512_srli_epi16(codes, 1);
     const __m512i at = _mm512_ternarylogic_epi32(codes, shifted, _mm512_set1_epi8(0x20), 0xf8);  // codes | (shifted & 0x20)
     const __m512i low = _mm512_permutexvar_epi8(at, _mm512_load_si512(kHalves.low));
     // A matrix of bits: bit 7 stays, bits 6 and 5 become bits 2 and 1.
     const __m512i rest = _mm512_gf2p8affine_epi64_epi8(codes, _mm512_set1_epi64(0x0020400000000080), 0);
     const __m512i high = _mm512_add_epi8(_mm512_permutexvar_epi8(at, _mm512_load_si512(kHalves.high)), rest);
-    pairs[0] = _mm512_unpacklo_epi8(low, high);
-    pairs[1] = _mm512_unpackhi_epi8(low, high);
+    return {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+  }
+
+  static __m512 first(const Loaded& pairs, int i) { return first_of(pairs.of[i]); }
+  static __m512 second(const Loaded& pairs, int i) { return second_of(pairs.of[i]); }
+  static int64_t group(const kvern_packed&) { return kDepth; }
+  static __m512 scale(const kvern_packed& w, int64_t panel, int64_t group) {
+    const int64_t groups = (kvern::padded_k(w) + kDepth - 1) / kDepth;
+    return _mm512_set1_ps(static_cast<const float*>(w.scales)[panel * groups + group]);
   }
 
   static void decode_tile(const uint8_t* tile, uint8_t* to) {
-    __m512i pairs[2];
-    decode(tile, pairs);
-    _mm512_store_si512(to, pairs[0]);
-    _mm512_store_si512(to + kTileBytes, pairs[1]);
+    const Loaded pairs = load(tile);
+    _mm512_store_si512(to, pairs.of[0]);
+    _mm512_store_si512(to + kTileBytes, pairs.of[1]);
   }
 };
 
@@ -189,7 +203,7 @@ void arrange_tiles(const float* x, int64_t size, int64_t elements, int copies, i
 
 template <class K>
 void multiply_tiles(const Product& task, int64_t first, int64_t last) {
-  if (task.x.count == 1 && task.x.group == 1) return OneColumn<K>(task).run(first, last);
+  if (task.x.count <= kFew) return multiply_in_registers<K, kFew>(task, first, last);
   if (task.x.count <= task.x.group) {
     const kvern::TileRows rows(static_cast<int>(task.x.group));
     return FewColumns<K>(task).run(first, last);

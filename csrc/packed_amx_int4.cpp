@@ -8,7 +8,7 @@
 #include <immintrin.h>
 
 #include "amx.h"
-#include "packed_amx_order.h"
+#include "packed_amx_registers.h"
 #include "packed_avx512.h"
 
 namespace {
@@ -20,80 +20,23 @@ constexpr int64_t kBlock = 128;     // columns of W decoded at a time
 constexpr int kFew = 3;             // up to so many columns of x are multiplied without tiles
 constexpr int kMostPanels = 4;
 
-struct Int4Words : Int4Kind {};
-
-const uint16_t* scales_of(const kvern_packed& w, int64_t panel, int64_t group) {
-  return static_cast<const uint16_t*>(w.scales) + (panel * (kvern::padded_k(w) / w.group) + group) * kLanes;
-}
-
-// even[p][m], odd[p][m] += a span of P panels times M columns; x of a column: 16 even numbers, 16 odd ones, `stride` apart.
-template <int P, int M>
-[[gnu::always_inline]] inline void add_span(const Tiles& tiles, const uint8_t* tile, const float* x, int64_t x_stride,
-                                            __m512 (&even)[P][M], __m512 (&odd)[P][M]) {
-  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-#pragma GCC unroll 4
-  for (int64_t t = 0; t < kSpanTiles; ++t, tile += tiles.stride) {
-    __m512i words[P];
-    for (int p = 0; p < P; ++p) {
-      words[p] = _mm512_loadu_si512(tile + p * kTileBytes);
-      __builtin_prefetch(tiles.ahead(tile + p * kTileBytes), 0, 2);
-      __builtin_prefetch(tile + p * kTileBytes + kNearBytes, 0, 3);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      for (int p = 0; p < P; ++p) {
-        const __m512 a = _mm512_permutexvar_ps(i ? _mm512_srli_epi32(words[p], 4 * i) : words[p], numbers);
-        const __m512 b = _mm512_permutexvar_ps(_mm512_srli_epi32(words[p], 16 + 4 * i), numbers);
-        for (int m = 0; m < M; ++m) {
-          const float* at = x + m * x_stride + 4 * t + i;
-          even[p][m] = _mm512_fmadd_ps(a, _mm512_set1_ps(at[0]), even[p][m]);
-          odd[p][m] = _mm512_fmadd_ps(b, _mm512_set1_ps(at[16]), odd[p][m]);
-        }
-      }
-    }
+struct Int4Words : Int4Kind {
+  using Loaded = __m512i;
+  static __m512i load(const uint8_t* tile) { return _mm512_loadu_si512(tile); }
+  static __m512 first(__m512i words, int i) { return look_up(i ? _mm512_srli_epi32(words, 4 * i) : words); }
+  static __m512 second(__m512i words, int i) { return look_up(_mm512_srli_epi32(words, 16 + 4 * i)); }
+  static int64_t group(const kvern_packed& w) { return w.group; }
+  static __m512 scale(const kvern_packed& w, int64_t panel, int64_t group) {
+    return bf16_lanes(static_cast<const uint16_t*>(w.scales) + (panel * (kvern::padded_k(w) / w.group) + group) * kLanes);
   }
-}
 
-template <int P, int M>
-void multiply_few_panels(const Product& task, int64_t first, int64_t last, const float* x) {
-  const kvern_packed& w = task.w;
-  const int64_t padded = kvern::padded_k(w), groups = padded / w.group;
-  const Tiles tiles = stream_of<Int4Words>(task, first, last);
-  __m512 totals[P][M];
-  clear<Avx512Sums, P, M>(totals);
-  const uint8_t* tile = tiles.first;
-  for (int64_t g = 0; g < groups; ++g) {
-    __m512 sums[P][M];
-    clear<Avx512Sums, P, M>(sums);
-    for (int64_t done = 0; done < w.group; done += kSpan, tile += kSpanTiles * tiles.stride, x += kSpan) {
-      __m512 even[P][M], odd[P][M];
-      clear<Avx512Sums, P, M>(even);
-      clear<Avx512Sums, P, M>(odd);
-      add_span<P, M>(tiles, tile, x, padded, even, odd);
-      for (int p = 0; p < P; ++p) {
-        for (int m = 0; m < M; ++m) sums[p][m] = _mm512_add_ps(sums[p][m], _mm512_add_ps(even[p][m], odd[p][m]));
-      }
-    }
-    for (int p = 0; p < P; ++p) {
-      const __m512 by = bf16_lanes(scales_of(w, first + p, g));
-      for (int m = 0; m < M; ++m) totals[p][m] = _mm512_fmadd_ps(sums[p][m], by, totals[p][m]);
-    }
+ private:
+  // The numbers of the lowest four bits of each word.
+  static __m512 look_up(__m512i words) {
+    const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm512_permutexvar_ps(words, numbers);
   }
-  alignas(64) float out[M * P * kLanes];
-  for (int p = 0; p < P; ++p) {
-    for (int m = 0; m < M; ++m) _mm512_store_ps(out + (m * P + p) * kLanes, totals[p][m]);
-  }
-  deliver<Avx512Sums>(task, first, P, out, P, 0, M);
-}
-
-template <int M = kFew>
-void multiply_few(const Product& task, int64_t first, int64_t last, const float* x) {
-  if constexpr (M > 1) {
-    if (task.x.count < M) return multiply_few<M - 1>(task, first, last, x);
-  }
-  for (; first + 2 <= last; first += 2) multiply_few_panels<2, M>(task, first, last, x);
-  if (first < last) multiply_few_panels<1, M>(task, first, last, x);
-}
+};
 
 // Many columns: kBlock columns of P panels are decoded once, into L1, and multiplied with each group of x in turn.
 struct Many {
@@ -141,7 +84,7 @@ struct Many {
         _tile_dpbf16ps(0, 4, 5);
       }
       _tile_stored(0, sums[turn], kTileBytes);
-      const __m512 by = bf16_lanes(scales_of(task.w, first + p, (begin + done) / group));
+      const __m512 by = Int4Words::scale(task.w, first + p, (begin + done) / group);
       for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(_mm512_load_ps(sums[turn] + m * kLanes), by, total[m]);
     }
     for (int m = 0; m < M; ++m) {
@@ -173,13 +116,8 @@ struct Many {
   }
 };
 
-[[gnu::noinline]] void multiply_columns(const Product& task, int64_t first, int64_t last) {
+[[gnu::noinline]] void multiply_many(const Product& task, int64_t first, int64_t last) {
   const Columns& x = task.x;
-  if (x.count <= kFew) {
-    float* wide = scratch(x.count * 2 * x.elements);
-    widen(x, wide);
-    return multiply_few(task, first, last, wide);
-  }
   Many many(task, scratch((kvern::round_up(x.count, x.group) + kRows) * kMostPanels * kLanes));
   const kvern::TileRows rows(static_cast<int>(x.group));
   if (x.group <= kRows / 2) {
@@ -190,8 +128,9 @@ struct Many {
 }
 
 void multiply_int4(const Product& task, int64_t first, int64_t last) {
+  if (task.x.count <= kFew) return multiply_in_registers<Int4Words, kFew>(task, first, last);
   const FlushSubnormals flush;
-  multiply_columns(task, first, last);
+  multiply_many(task, first, last);
 }
 
 }  // namespace
