@@ -2,7 +2,7 @@
 //
 // Sixteen decoded BF16 tiles in a row are a tile operand as they lie: pairs of columns by sixteen rows of W. tdpbf16ps sums
 // the even and the odd products of 32 columns apart, each in order, and adds even + odd to the sum. A row of y comes from
-// its own row of x by that order, whether one row is multiplied or hundreds; a few are multiplied by it in registers.
+// its own row of x by that order, whether one row is multiplied or hundreds; a single row is multiplied by it in registers.
 // What it gives up: subnormal BF16 numbers (under 1e-38) count as zeros.
 #include <immintrin.h>
 
@@ -18,7 +18,6 @@ using kvern::kMostSums;
 
 constexpr int64_t kRows = 16;                     // columns of x in a tile
 constexpr int64_t kAheadColumns = 256;            // that memory is asked for before their turn
-constexpr int kFew = 1;                           // up to so many columns of x are multiplied without tiles: three are 7 % slower
 
 struct Bf16Tiles : Bf16Kind {
   using Loaded = __m512i;
@@ -203,7 +202,7 @@ void arrange_tiles(const float* x, int64_t size, int64_t elements, int copies, i
 
 template <class K>
 void multiply_tiles(const Product& task, int64_t first, int64_t last) {
-  if (task.x.count <= kFew) return multiply_in_registers<K, kFew>(task, first, last);
+  if (task.x.count == 1) return InRegisters<K, 1>(task).run(first, last);  // two or three: tiles are as fast or faster
   if (task.x.count <= task.x.group) {
     const kvern::TileRows rows(static_cast<int>(task.x.group));
     return FewColumns<K>(task).run(first, last);

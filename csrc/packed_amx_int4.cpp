@@ -127,8 +127,17 @@ struct Many {
   }
 }
 
+// M columns of x or fewer.
+template <int M>
+void multiply_few(const Product& task, int64_t first, int64_t last) {
+  if constexpr (M > 1) {
+    if (task.x.count < M) return multiply_few<M - 1>(task, first, last);
+  }
+  InRegisters<Int4Words, M>(task).run(first, last);
+}
+
 void multiply_int4(const Product& task, int64_t first, int64_t last) {
-  if (task.x.count <= kFew) return multiply_in_registers<Int4Words, kFew>(task, first, last);
+  if (task.x.count <= kFew) return multiply_few<kFew>(task, first, last);
   const FlushSubnormals flush;
   multiply_many(task, first, last);
 }

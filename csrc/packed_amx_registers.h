@@ -148,13 +148,4 @@ class InRegisters {
   const float* x = nullptr;  // its numbers, see `widen`
 };
 
-// Up to `Most` columns of x.
-template <class K, int Most>
-void multiply_in_registers(const Product& task, int64_t first, int64_t last) {
-  if constexpr (Most > 1) {
-    if (task.x.count < Most) return multiply_in_registers<K, Most - 1>(task, first, last);
-  }
-  InRegisters<K, Most>(task).run(first, last);
-}
-
 }  // namespace
