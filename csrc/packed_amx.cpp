@@ -141,7 +141,7 @@ struct Amx {
   void panels(int64_t first) {
     constexpr int64_t kRowBytes = P * kLanes * sizeof(float);
     const kvern_packed& w = task.w;
-    const int64_t padded = kvern::padded_k(w), groups = (padded + kDepth - 1) / kDepth;
+    const int64_t padded = kvern::padded_k(w);
     std::memset(totals, 0, static_cast<size_t>(kvern::round_up(task.x.count, task.x.group) * kRowBytes));
     Waiting waiting{};
     int turn = 0;
@@ -153,7 +153,7 @@ struct Amx {
       if constexpr (K::is_decoded) decode<P>(first, begin, count);
       for (int p = 0; p < P; ++p) {
         tiles[p] = K::is_decoded ? decoded[p] : stored(w, first + p, begin / K::depth, stride);
-        if (K::is_scaled) scales[p] = _mm512_set1_ps(static_cast<const float*>(w.scales)[(first + p) * groups + begin / kDepth]);
+        scales[p] = K::scale(w, first + p, begin / kDepth);
       }
       for (int p = P; p < kMostSums; ++p) tiles[p] = tiles[0];  // named, never read
       kvern::finish_stores();

@@ -17,7 +17,8 @@ using kvern::kSpan;
 
 constexpr int64_t kTileRows = 16;  // columns of x in a tile, at most
 
-// K gives depth, is_decoded, is_scaled, and decode_tile(stored, decoded) for the kinds that are decoded.
+// K gives depth; group(w) and scale(w, panel, group), as in packed_amx_registers.h; is_decoded, and decode_tile(stored,
+// decoded) for the kinds that are decoded.
 template <class K>
 class FewColumns {
  public:
@@ -39,7 +40,7 @@ class FewColumns {
   // Sums that still wait for their scales.
   struct Waiting {
     const float* sums;
-    float scales[2];
+    __m512 scales[2];
     int64_t panel;
     bool is_first, is_last;  // of the groups of the panel
   };
@@ -63,10 +64,10 @@ class FewColumns {
   template <int P>
   void settle(const Waiting& waiting) {
     if (!waiting.sums) return;
-    const __m512 zero = _mm512_setzero_ps(), scales[2] = {_mm512_set1_ps(waiting.scales[0]), _mm512_set1_ps(waiting.scales[1])};
+    const __m512 zero = _mm512_setzero_ps();
     for (int64_t at = 0; at < task.x.count * P; ++at) {
       const __m512 before = waiting.is_first ? zero : _mm512_load_ps(totals + at * kLanes);
-      _mm512_store_ps(totals + at * kLanes, _mm512_fmadd_ps(_mm512_load_ps(waiting.sums + at * kLanes), scales[at % P], before));
+      _mm512_store_ps(totals + at * kLanes, _mm512_fmadd_ps(_mm512_load_ps(waiting.sums + at * kLanes), waiting.scales[at % P], before));
     }
     if (waiting.is_last) deliver<Avx512Sums>(task, waiting.panel, P, totals, P, 0, task.x.count);
   }
@@ -76,7 +77,7 @@ class FewColumns {
   void stream(int64_t first, int64_t count, const uint8_t* next) {
     constexpr int64_t kBytes = P * kTiles * kTileBytes;
     const int64_t spans = kvern::padded_k(task.w) / kSpan, all = count * spans;
-    const int64_t groups = (spans * kSpan + kDepth - 1) / kDepth, of_group = K::is_scaled ? kDepth / kSpan : spans;
+    const int64_t of_group = K::group(task.w) / kSpan;
     const uint8_t* stored = tiles(first);
     const Tiles stream{stored, kTileBytes, P * kTileBytes, stored + all * kBytes, next};
     if (all) decode<P>(stored, stream.ahead(stored), decoded[0]);
@@ -98,10 +99,8 @@ class FewColumns {
       kvern::store_sums<P>(to, kTileBytes, P * kTileBytes);
       settle<P>(waiting);
       const int64_t group = (span - 1) / of_group;
-      waiting = {to, {1.0f, 1.0f}, panel, group == 0, span == spans};
-      for (int p = 0; K::is_scaled && p < P; ++p) {
-        waiting.scales[p] = static_cast<const float*>(task.w.scales)[(panel + p) * groups + group];
-      }
+      waiting = {to, {}, panel, group == 0, span == spans};
+      for (int p = 0; p < P; ++p) waiting.scales[p] = K::scale(task.w, panel + p, group);
       if (span < spans) continue;
       span = 0;
       panel += P;

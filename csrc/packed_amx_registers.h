@@ -37,25 +37,25 @@ inline float* scratch(int64_t numbers) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
 }
 
-// The columns of x in FP32, each span's even numbers before its odd ones.
-inline void widen(const Columns& x, float* out) {
-  for (int64_t c = 0; c < x.count; ++c) {
-    for (int64_t e = 0; e < x.elements; e += 16, out += kSpan) {
-      const __m512i pairs = _mm512_loadu_si512(x.data + e * x.group + c * kvern::kTileElements);
-      _mm512_store_si512(out, _mm512_slli_epi32(pairs, 16));
-      _mm512_store_si512(out + 16, _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-    }
-  }
-}
-
-// The upper and the lower halves of 16 pairs of BF16 numbers, in FP32.
+// The first and the second of 16 pairs of BF16 numbers, in FP32.
 inline __m512 first_of(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline __m512 second_of(__m512i pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
-// M columns of x. K gives depth; load(tile), a `Loaded`; first(loaded, i) and second(loaded, i), columns 2 i and 2 i + 1 of 16 rows in
-// FP32; group(w), columns of W that share a scale; scale(w, panel, group).
+// The columns of x in FP32, each span's even numbers before its odd ones.
+inline void widen(const Columns& x, float* out) {
+  for (int64_t c = 0; c < x.count; ++c) {
+    for (int64_t e = 0; e < x.elements; e += 16, out += kSpan) {
+      const __m512i pairs = _mm512_loadu_si512(x.data + e * x.group + c * kvern::kTileElements);
+      _mm512_store_ps(out, first_of(pairs));
+      _mm512_store_ps(out + kSpan / 2, second_of(pairs));
+    }
+  }
+}
+
+// M columns of x. K gives depth; load(tile), a `Loaded`; first(loaded, i) and second(loaded, i), its columns 2 i and
+// 2 i + 1 of 16 rows in FP32; group(w), columns of W that share a scale; scale(w, panel, group).
 template <class K, int M>
 class InRegisters {
  public:
