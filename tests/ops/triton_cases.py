@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from tests.ops.test_paged_attention import Paged, exact, make
+from tests.ops.triton_training_cases import CASES as TRAINING_CASES
 from torch import Tensor
 
 from kvern.ops import reference, reference_experts, triton_attention, triton_experts, triton_linear
@@ -31,7 +32,7 @@ BF16_ULP = 2.0**-7
 SHAPES = ((1, 1), (5, 300), (130, 250), (200, 128))
 ROWS = (1, 3, 70)
 
-CASES: dict[str, Callable[[str], None]] = {}
+CASES: dict[str, Callable[[str], None]] = dict(TRAINING_CASES)
 
 
 def case(run: Callable[[str], None]) -> Callable[[str], None]:

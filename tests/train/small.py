@@ -56,9 +56,9 @@ def config(**changes: Any) -> TrainConfig:
     return parse(raw(**changes))
 
 
-def trainer(settings: TrainConfig, folder: Path) -> Trainer:
+def trainer(settings: TrainConfig, folder: Path, device: str = "cpu") -> Trainer:
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep)
-    return Trainer(settings, CountingRows(), Ranks(0, 1, torch.device("cpu")), checkpoints)
+    return Trainer(settings, CountingRows(), Ranks(0, 1, torch.device(device)), checkpoints)
 
 
 def train(run: Trainer, folder: Path) -> Outcome:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvern.ops import reference_fp8
+from kvern.ops.training_kernels import has_triton
 
 BLOCK = 128
 ALIGNED_ROWS = 16
@@ -43,7 +44,7 @@ def scaled_product(
     blocks = not _has_row_scales(b, b_scale)
     rows, outputs = a.shape[0], b.shape[0]
     a, a_scale, b, b_scale = padded(a, a_scale, b, b_scale)
-    if blocks and dtype is torch.bfloat16 and find_spec("deep_gemm") is not None:
+    if blocks and dtype is torch.bfloat16 and _has_deep_gemm():
         return _deep_gemm(a, a_scale, b, b_scale)[:rows, :outputs]
     return torch_product(a, a_scale, b, b_scale, blocks, dtype)[:rows, :outputs]
 
@@ -53,9 +54,9 @@ def padded(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> tuple[Tens
     more_rows, more_columns, more_depth = -a.shape[0] % ALIGNED_ROWS, -b.shape[0] % BLOCK, -a.shape[1] % BLOCK
     return (
         _pad_codes(a, more_rows, more_depth),
-        F.pad(a_scale, (0, 0, 0, more_rows), value=1.0),
+        _pad_scale(a_scale, more_rows),
         _pad_codes(b, more_columns, more_depth),
-        F.pad(b_scale, (0, 0, 0, more_columns), value=1.0) if _has_row_scales(b, b_scale) else b_scale.contiguous(),
+        _pad_scale(b_scale, more_columns) if _has_row_scales(b, b_scale) else b_scale.contiguous(),
     )
 
 
@@ -64,12 +65,26 @@ def torch_scales(a_scale: Tensor, b_scale: Tensor, blocks: bool) -> tuple[Tensor
     left = a_scale.T.contiguous().T
     if not blocks:
         return left, b_scale.T.contiguous().T
-    return left, F.pad(b_scale, (0, -b_scale.shape[1] % 4), value=1.0).contiguous().T
+    return left, _pad_scale(b_scale.T, -b_scale.shape[1] % 4).T.contiguous().T
 
 
 def _pad_codes(codes: Tensor, rows: int, columns: int) -> Tensor:
-    """With `rows` and `columns` more zeros, as bytes, since FP8 tensors cannot be padded."""
-    return F.pad(codes.contiguous().view(torch.uint8), (0, columns, 0, rows)).view(codes.dtype)
+    """With `rows` and `columns` more zeros, as bytes, since FP8 tensors cannot be padded; dense."""
+    dense = _dense(codes)
+    return F.pad(dense.view(torch.uint8), (0, columns, 0, rows)).view(codes.dtype) if rows or columns else dense
+
+
+def _pad_scale(scale: Tensor, rows: int) -> Tensor:
+    """With `rows` more rows of ones."""
+    return F.pad(scale, (0, 0, 0, rows), value=1.0) if rows else scale
+
+
+def _dense(codes: Tensor) -> Tensor:
+    """Contiguous: of what lies by columns, a copy that a kernel turns."""
+    if codes.is_cuda and codes.stride(0) == 1 < codes.stride(1) and has_triton():
+        turned: Tensor = import_module("kvern.ops.triton_fp8").transposed(codes.T)
+        return turned
+    return codes.contiguous()
 
 
 def _has_row_scales(b: Tensor, b_scale: Tensor) -> bool:
@@ -90,6 +105,11 @@ def _is_blockwise(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> boo
 def _has_blockwise_mm(device: int) -> bool:
     version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     return torch.cuda.get_device_capability(device) == (9, 0) and version >= CUDA_WITH_BLOCKS
+
+
+@cache
+def _has_deep_gemm() -> bool:
+    return find_spec("deep_gemm") is not None
 
 
 def _deep_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvern.ops import fp8_hopper, native_fp8, reference, reference_fp8
+from kvern.ops import fp8_hopper, native_fp8, reference, reference_fp8, triton_backends
 from kvern.ops.dispatch import Op
 from kvern.ops.reference import BLOCK
 
@@ -30,8 +30,12 @@ SMALLEST_AMAX = 1e-30
 """Keeps tiles of zeros finite. Gradients of a mean over millions of tokens are far below the 1e-4 of DeepSeek's
 inference kernel, which would flush them."""
 
-quantize_tiles = Op("quantize_tiles", reference.quantize_tiles, native_fp8.backends("quantize_tiles"))
-dense = Op("dense", reference_fp8.dense, native_fp8.backends("dense"))
+quantize_tiles = Op(
+    "quantize_tiles",
+    reference.quantize_tiles,
+    native_fp8.backends("quantize_tiles") | triton_backends.backends("quantize_tiles"),
+)
+retile_columns = Op("retile", reference_fp8.retile, native_fp8.backends("retile") | triton_backends.backends("retile"))
 scaled_product = Op(
     "scaled_product",
     reference_fp8.scaled_product,
@@ -126,4 +130,4 @@ def retile(codes: Tensor, scale: Tensor, recipe: Fp8Recipe) -> tuple[Tensor, Ten
     """Codes [T, K] in 1x128 tiles -> codes [T, K] in 128x1 tiles with scales [ceil(T/128), K]."""
     if recipe.tensorwise:
         return codes, scale
-    return recipe.quantize(dense(codes, scale), COLUMN_TILE, recipe.power_of_two)
+    return retile_columns(codes, scale, recipe.power_of_two, SMALLEST_AMAX)

@@ -3,22 +3,24 @@
     y[rows of n] = x[rows of n] W[n]^T      dx[rows of n] = dy[rows of n] W[n]      dW[n] = dy[rows of n]^T x[rows of n]
 
 One product for each expert with rows, written into its place of one result: nothing is concatenated, and an expert
-without rows costs nothing and has a gradient of zeros. In FP8 the rows are quantised once, for all experts and for all
-projections of a stack (gate and up); weights are quantised by projection, with the borders of blocks where a checkpoint
-has them.
+without rows costs nothing and has a gradient of zeros. On a card torch's grouped product makes all y, or all dx, in one
+launch; weight gradients stay apart, for only so they are summed in FP32. In FP8 the rows are quantised once, for all
+experts and for all projections of a stack (gate and up); weights are quantised by projection, with the borders of
+blocks where a checkpoint has them.
 
 oneDNN, which multiplies BF16 on CPUs, compiles a kernel for each number of rows it meets, in 5 to 10 ms: longer than
 the product takes. So there a product takes some more rows than the expert has, to one of eight sizes an octave. The
 superfluous results lie in the rows of the next expert, whose own product overwrites them; for Wgrad they are zeros.
 
-What it gives up: second derivatives; on a GPU, one launch for all experts. A tensorwise recipe scales the rows of all
-experts together.
+What it gives up: second derivatives; on a card, one launch for all products in FP8. A tensorwise recipe scales the rows
+of all experts together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvern.ops.fp8_linear import ROW_TILE, WEIGHT_BLOCK, Fp8Recipe, dgrad, retile, scaled_product, wgrad
+from kvern.ops.fp8_hopper import ALIGNED_ROWS
+from kvern.ops.fp8_linear import ROW_TILE, WEIGHT_BLOCK, Codes, Fp8Recipe, retile, scaled_product, wgrad
+from kvern.ops.reference import BLOCK
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
@@ -57,26 +61,19 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
         dense = weight.to(x.dtype)
-        out = x.new_empty(len(x), weight.shape[1])
-        for expert, rows in spans(counts):
-            _product(x, rows, dense[expert].T, out)
         ctx.save_for_backward(x, dense)
         ctx.counts, ctx.dtype = counts, weight.dtype
-        return out
+        return _products(x, dense.transpose(1, 2), counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, dense = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dx = _products(dy, dense, ctx.counts) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(dense, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
-        for expert, rows in spans(ctx.counts):
-            if dx is not None:
-                _product(dy, rows, dense[expert], dx)
-            if dw is not None:
-                left, right = _tail(dy, rows), _window(x, rows)
-                dw[expert] = left.T @ right
         if dw is not None:
+            for expert, rows in spans(ctx.counts):
+                _sum_of_products(_tail(dy, rows), _window(x, rows), dw[expert])
             _forget_idle(dw, ctx.counts)
         return dx, dw, None
 
@@ -90,14 +87,14 @@ class _Fp8GroupedProduct(torch.autograd.Function):
     ) -> Tensor:
         codes, scale = recipe.quantize(x, ROW_TILE, recipe.power_of_two)
         out = x.new_empty(len(x), weight.shape[1])
-        columns = _columns(weight.shape[1], projections)
-        blocks = []
-        for expert, rows in spans(counts):
+        columns = _columns(weight.shape[1], projections, recipe)
+        blocks = _blocks(weight, counts, columns, recipe)
+        left = iter(blocks)
+        for _, rows in spans(counts):
+            more = _more_rows(x, rows)
             for part in columns:
-                block, block_scale = recipe.quantize(weight[expert, part], WEIGHT_BLOCK)
-                out[rows, part] = scaled_product(codes[rows], _of(scale, rows), block, block_scale, x.dtype)
-                blocks += [block, block_scale]
-        ctx.save_for_backward(codes, scale, *blocks)
+                out[more, part] = scaled_product(codes[more], _of(scale, more), *next(left), x.dtype)
+        ctx.save_for_backward(codes, scale, *chain.from_iterable(blocks))
         ctx.counts, ctx.recipe, ctx.columns = counts, recipe, columns
         ctx.dtypes, ctx.shape = (x.dtype, weight.dtype), weight.shape
         return out
@@ -106,20 +103,26 @@ class _Fp8GroupedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         codes, scale, *blocks = ctx.saved_tensors
-        dx = dy.new_zeros(codes.shape, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        dx = dy.new_empty(codes.shape, dtype=ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         dw = dy.new_empty(ctx.shape, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
         left = iter(zip(blocks[::2], blocks[1::2], strict=True))
+        exact = ctx.dtypes[0] if len(ctx.columns) == 1 else torch.float32
+        dy_codes = [] if dx is None else [ctx.recipe.quantize(dy[:, part], ROW_TILE) for part in ctx.columns]
         for expert, rows in spans(ctx.counts):
-            tiled = retile(codes[rows], _of(scale, rows), ctx.recipe)
-            for part in ctx.columns:
-                block, block_scale = next(left)
-                if dx is not None:
-                    dx[rows] += dgrad(dy[rows, part], block, block_scale, ctx.recipe, torch.float32)
-                if dw is not None:
+            if dx is not None:
+                more = _more_rows(dy, rows)
+                parts = (
+                    scaled_product(part_codes[more], _of(part_scale, more), block.T, block_scale.T, exact)
+                    for (part_codes, part_scale), (block, block_scale) in zip(dy_codes, left, strict=False)
+                )
+                dx[more] = reduce(torch.add, parts)
+            if dw is not None:
+                tiled = retile(codes[rows], _of(scale, rows), ctx.recipe)
+                for part in ctx.columns:
                     dw[expert, part] = wgrad(dy[rows, part], *tiled, ctx.recipe, ctx.dtypes[1])
         if dw is not None:
             _forget_idle(dw, ctx.counts)
-        return None if dx is None else dx.to(ctx.dtypes[0]), dw, None, None, None
+        return dx, dw, None, None, None
 
 
 def whole_size(rows: int) -> int:
@@ -133,6 +136,23 @@ def row_count(x: Tensor) -> int:
     return whole_size(len(x)) if x.dtype is torch.bfloat16 and not x.is_cuda else len(x)
 
 
+def _products(x: Tensor, stack: Tensor, counts: Sequence[int]) -> Tensor:
+    """x [R, K], sorted by expert, times stack [N, K, O]: [R, O]. On a card in one launch, where torch has one."""
+    if (
+        x.is_cuda
+        and x.dtype is torch.bfloat16
+        and len(stack) > 1
+        and len(x)
+        and not any(n % 8 for n in stack.shape[1:])
+    ):
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
+        return F.grouped_mm(x.contiguous(), stack, offs=ends)
+    out = x.new_empty(len(x), stack.shape[2])
+    for expert, rows in spans(counts):
+        _product(x, rows, stack[expert], out)
+    return out
+
+
 def _product(x: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
     """out[rows] = x[rows] @ weight. What lies behind `rows` in `out` may be overwritten: go from first rows to last."""
     left = _window(x, rows)
@@ -143,10 +163,26 @@ def _product(x: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
         out[rows] = (left @ weight)[: rows.stop - rows.start]
 
 
+def _sum_of_products(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left^T @ right. On a card sums in BF16 stay in FP32 where `out` is."""
+    if left.is_cuda and left.dtype is not out.dtype:
+        torch.mm(left.T, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(left.T @ right)
+
+
 def _window(x: Tensor, rows: slice) -> Tensor:
     """x[rows] and, where whole sizes pay, what is behind them; zeros behind the last row of all."""
     end = rows.start + row_count(x[rows])
     return x[rows.start : end] if end <= len(x) else F.pad(x[rows.start :], (0, 0, 0, end - len(x)))
+
+
+def _more_rows(x: Tensor, rows: slice) -> slice:
+    """`rows`; on a card with as many behind them as FP8 products want: the next expert's overwrite them."""
+    if not x.is_cuda:
+        return rows
+    count = -(-(rows.stop - rows.start) // ALIGNED_ROWS) * ALIGNED_ROWS
+    return slice(rows.start, min(len(x), rows.start + count))
 
 
 def _tail(x: Tensor, rows: slice) -> Tensor:
@@ -158,8 +194,20 @@ def _tail(x: Tensor, rows: slice) -> Tensor:
     return F.pad(x[rows], (0, 0, 0, len(window) - count))
 
 
-def _columns(outputs: int, projections: int) -> list[slice]:
+def _blocks(weight: Tensor, counts: Sequence[int], columns: Sequence[slice], recipe: Fp8Recipe) -> list[Codes]:
+    """The weights of the experts with rows, part by part: in one go where blocks do not cross experts."""
+    if len(columns) > 1 or weight.shape[1] % BLOCK or recipe.tensorwise:
+        return [recipe.quantize(weight[expert, part], WEIGHT_BLOCK) for expert, _ in spans(counts) for part in columns]
+    codes, scale = recipe.quantize(weight.flatten(0, 1), WEIGHT_BLOCK)
+    stacks = codes.view(weight.shape), scale.view(len(weight), -1, scale.shape[1])
+    return [(stacks[0][expert], stacks[1][expert]) for expert, _ in spans(counts)]
+
+
+def _columns(outputs: int, projections: int, recipe: Fp8Recipe) -> list[slice]:
+    """The rows of a weight that are scaled together: projections apart, unless their blocks are the same together."""
     size = outputs // projections
+    if size % BLOCK == 0 and not recipe.tensorwise:
+        size = outputs
     return [slice(first, first + size) for first in range(0, outputs, size)]
 
 

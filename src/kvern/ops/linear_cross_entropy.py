@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvern.ops import native_training as native
 from kvern.ops.grouped_linear import row_count
+from kvern.ops.training_kernels import kernels_for
 
 ROWS = 1024
 """Rows whose logits are held at a time: 0.5 GiB in float32 at V3's vocabulary."""
@@ -72,8 +72,9 @@ def _whole(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """The sum of losses; `logits` [L, V] become their gradients where `gradient`."""
-    if native.takes(logits):
-        return native.cross_entropy(logits, targets.contiguous(), gradient).sum()
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return kernels.cross_entropy(logits, targets.contiguous(), gradient).sum()
     known, exact = targets >= 0, logits.float()
     columns = targets.clamp(min=0)[:, None]
     normaliser = exact.logsumexp(-1, keepdim=True)

@@ -27,7 +27,7 @@ def backends(op: str) -> dict[str, Callable[..., Any]]:
     """Device type -> implementation of `op`; empty where there is no library."""
     known: dict[str, Callable[..., Any]] = {
         "quantize_tiles": quantize_tiles,
-        "dense": dense,
+        "retile": retile,
         "scaled_product": scaled_product,
     }
     return {"cpu": known[op]} if native.kernels() is not None else {}
@@ -45,6 +45,11 @@ def scaled_product(
 ) -> Tensor:
     """`reference_fp8.scaled_product`, bit for bit."""
     return (dense(a, a_scale) @ dense(b, b_scale).T).to(dtype)
+
+
+def retile(codes: Tensor, scale: Tensor, power_of_two: bool, smallest_amax: float) -> tuple[Tensor, Tensor]:
+    """`reference_fp8.retile`, bit for bit."""
+    return quantize_tiles(dense(codes, scale), (BLOCK, 1), power_of_two, smallest_amax)
 
 
 def dense(codes: Tensor, scale: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from kvern.ops import reference
+from kvern.ops.reference import BLOCK
 
 
 def scaled_product(
@@ -34,6 +35,11 @@ def scaled_product(
 def dense(codes: Tensor, scale: Tensor) -> Tensor:
     """codes [R, C] E4M3 times the scale of their tile, float32 (see `scaled_product`)."""
     return codes.float() * _spread(_spread(scale, 0, codes.shape[0]), 1, codes.shape[1])
+
+
+def retile(codes: Tensor, scale: Tensor, power_of_two: bool, smallest_amax: float) -> tuple[Tensor, Tensor]:
+    """Codes [T, K] E4M3 in 1x128 tiles -> the same numbers in 128x1 tiles, with scales [ceil(T/128), K]."""
+    return reference.quantize_tiles(dense(codes, scale), (BLOCK, 1), power_of_two, smallest_amax)
 
 
 def _spread(scale: Tensor, dim: int, size: int) -> Tensor:

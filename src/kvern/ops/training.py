@@ -6,9 +6,9 @@
     expert_rows      dx[t] = sum of the gradients of its copies
     combine_experts  drows = weight dy[t],  dweight = rows . dy[t]
 
-All is computed in FP32 by the kernels of csrc/train.h; what they do not take (other devices and dtypes, no library)
-goes to the reference and torch's autograd. `linear` is the grouped product with one group: its rows come in few sizes
-(see `grouped_linear`). Documents of one length attend together.
+All is computed in FP32 by the kernels of csrc/train.h or, on a card, of `triton_training`; what they do not take (other
+dtypes, no library, no Triton) goes to the reference and torch's autograd. `linear` is the grouped product with one
+group: its rows come in few sizes (see `grouped_linear`). Documents of one length attend together.
 
 What it gives up: second derivatives, and results that are the reference's bit for bit.
 """
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvern.ops import native_training as native
 from kvern.ops import reference, reference_experts
 from kvern.ops.grouped_linear import grouped_linear
+from kvern.ops.training_kernels import TrainingKernels, kernels_for
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -40,49 +40,57 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
-    if not (native.takes(x, weight) and weight.dtype is torch.float32 and x.numel()):
+    flat = x.reshape(-1, x.shape[-1])
+    kernels = kernels_for(flat, weight)
+    if kernels is None or weight.dtype is not torch.float32 or not x.numel():
         return reference.rms_norm(x, weight, eps)
-    out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _RMSNorm.apply(flat, weight, eps, kernels)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.swiglu`."""
-    if not (native.takes(gate, up) and gate.dtype is up.dtype and gate.numel()):
+    flat = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+    kernels = kernels_for(*flat)
+    if kernels is None or gate.dtype is not up.dtype or not gate.numel():
         return reference.swiglu(gate, up)
-    out: Tensor = _SwiGLU.apply(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(*flat, kernels)  # type: ignore[no-untyped-call]
     return out.view(gate.shape)
 
 
 def swiglu_halves(x: Tensor) -> Tensor:
     """`reference.swiglu_halves`; its gradient comes in one piece."""
-    if not (native.takes(x) and x.dim() == 2 and x.numel()):
+    kernels = kernels_for(x)
+    if kernels is None or x.dim() != 2 or not x.numel():
         return reference.swiglu_halves(x)
-    out: Tensor = _SwiGLUHalves.apply(x)  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLUHalves.apply(x, kernels)  # type: ignore[no-untyped-call]
     return out
 
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
     """`reference.apply_rope`."""
-    if not (native.takes(x) and x.dim() in (2, 3) and rotation.is_contiguous() and x.numel()):
+    kernels = kernels_for(x)
+    if kernels is None or x.dim() not in (2, 3) or not (rotation.is_contiguous() and x.numel()):
         return reference.apply_rope(x, rotation)
-    out: Tensor = _Rope.apply(x[:, None] if x.dim() == 2 else x, rotation)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rope.apply(x[:, None] if x.dim() == 2 else x, rotation, kernels)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 
 def expert_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     """`reference_experts.expert_rows`."""
-    if not native.takes(x):
+    kernels = kernels_for(x)
+    if kernels is None:
         return reference_experts.expert_rows(x, order, top_k)
-    out: Tensor = _ExpertRows.apply(x, order, top_k)  # type: ignore[no-untyped-call]
+    out: Tensor = _ExpertRows.apply(x, order, top_k, kernels)  # type: ignore[no-untyped-call]
     return out
 
 
 def combine_experts(rows: Tensor, weights: Tensor, order: Tensor, counts: Sequence[int]) -> Tensor:
     """`reference_experts.combine_experts`, added up in FP32 with weights in FP32."""
-    if not (native.takes(rows, weights) and rows.is_contiguous() and weights.dtype is torch.float32):
+    kernels = kernels_for(rows, weights)
+    if kernels is None or not rows.is_contiguous() or weights.dtype is not torch.float32:
         return reference_experts.combine_experts(rows, weights, order, counts)
-    out: Tensor = _Combine.apply(rows, weights, order)  # type: ignore[no-untyped-call]
+    out: Tensor = _Combine.apply(rows, weights, order, kernels)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -91,12 +99,14 @@ def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int
     lengths = [last - first for first, last in pairwise(starts)]
     key, value = torch.tensor_split(kv, [q.shape[2] - rope.shape[1]], dim=2)
     k = torch.cat([key, rope[:, None].expand(-1, kv.shape[1], -1)], dim=2)
-    size = max(q.shape[2], value.shape[2])  # torch's CPU flash kernel wants equal sizes
+    size = value.shape[2] if q.is_cuda else max(q.shape[2], value.shape[2])  # torch's CPU kernel wants equal sizes
     parts = [F.pad(t, (0, size - t.shape[2])) for t in (q, k, value)]
     if len(set(lengths)) == 1:
         q, k, v = (t.view(len(lengths), lengths[0], *t.shape[1:]).transpose(1, 2) for t in parts)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)[..., : value.shape[2]]
+    if q.is_cuda and q.dtype is torch.bfloat16:
+        return _ragged_attention(q, k, value, starts, scale)
     documents = (torch.split(t.transpose(0, 1)[None], lengths, dim=2) for t in parts)
     outs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in zip(*documents, strict=True)
@@ -104,94 +114,110 @@ def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int
     return torch.cat(outs, dim=2)[0].transpose(0, 1)[..., : value.shape[2]]
 
 
+def _ragged_attention(q: Tensor, k: Tensor, value: Tensor, starts: Sequence[int], scale: float) -> Tensor:
+    """`document_attention` on a card, of documents of any lengths: torch's flash kernel, which wants equal sizes."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, longest = torch.tensor(starts, dtype=torch.int32, device=q.device), max(b - a for a, b in pairwise(starts))
+    v = F.pad(value, (0, q.shape[2] - value.shape[2]))
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out[..., : value.shape[2]]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = native.rms_norm(x, weight.contiguous(), eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: TrainingKernels) -> Tensor:
+        y, inverse = kernels.rms_norm(x, weight.contiguous(), eps)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.kernels = kernels
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        return *native.rms_norm_backward(dy.contiguous(), x, weight.contiguous(), inverse), None
+        return *ctx.kernels.rms_norm_backward(dy.contiguous(), x, weight.contiguous(), inverse), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: TrainingKernels) -> Tensor:
         if gate.stride() != up.stride():
             gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return native.swiglu(gate, up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        dgate, dup = torch.empty(dy.shape, dtype=dy.dtype), torch.empty(dy.shape, dtype=dy.dtype)
-        native.swiglu_backward(dgate, dup, dy.contiguous(), *ctx.saved_tensors)
-        return dgate, dup
-
-
-class _SwiGLUHalves(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return native.swiglu(*x.chunk(2, dim=-1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype)
-        dgate, dup = dx.chunk(2, dim=-1)
-        native.swiglu_backward(dgate, dup, dy.contiguous(), *x.chunk(2, dim=-1))
-        return dx
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
-        ctx.save_for_backward(rotation)
-        return native.rotate(x, rotation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (rotation,) = ctx.saved_tensors
-        return native.rotate(dy if dy.stride(-1) == 1 else dy.contiguous(), rotation, back=True), None
-
-
-class _ExpertRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return native.combine(dy.contiguous(), None, _places(order, ctx.top_k)), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-        weights, places = weights.contiguous(), _places(order, weights.shape[1])
-        ctx.save_for_backward(rows, weights, places)
-        return native.combine(rows, weights, places)
+        ctx.kernels = kernels
+        return kernels.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *native.combine_backward(dy.contiguous(), *ctx.saved_tensors), None
+        dgate, dup = dy.new_empty(dy.shape), dy.new_empty(dy.shape)
+        ctx.kernels.swiglu_backward(dgate, dup, dy.contiguous(), *ctx.saved_tensors)
+        return dgate, dup, None
+
+
+class _SwiGLUHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: TrainingKernels) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kernels = kernels
+        return kernels.swiglu(*x.chunk(2, dim=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        dx = x.new_empty(x.shape)
+        dgate, dup = dx.chunk(2, dim=-1)
+        ctx.kernels.swiglu_backward(dgate, dup, dy.contiguous(), *x.chunk(2, dim=-1))
+        return dx, None
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor, kernels: TrainingKernels) -> Tensor:
+        ctx.save_for_backward(rotation)
+        ctx.kernels = kernels
+        return kernels.rotate(x, rotation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (rotation,) = ctx.saved_tensors
+        return ctx.kernels.rotate(dy if dy.stride(-1) == 1 else dy.contiguous(), rotation, back=True), None, None
+
+
+class _ExpertRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int, kernels: TrainingKernels) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k, ctx.kernels = top_k, kernels
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (order,) = ctx.saved_tensors
+        return ctx.kernels.combine(dy.contiguous(), None, _places(order, ctx.top_k)), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, kernels: TrainingKernels) -> Tensor:
+        weights, places = weights.contiguous(), _places(order, weights.shape[1])
+        ctx.save_for_backward(rows, weights, places)
+        ctx.kernels = kernels
+        return kernels.combine(rows, weights, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *ctx.kernels.combine_backward(dy.contiguous(), *ctx.saved_tensors), None, None
 
 
 def _places(order: Tensor, top_k: int) -> Tensor:
     """[T, K]: which of the sorted rows is token t's k-th; the inverse of `order`."""
     places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
+    places[order] = torch.arange(len(order), device=order.device)
     return places.view(-1, top_k)

@@ -2,7 +2,8 @@
 
 Triton is imported with the first call on a card. Where it is not installed nothing is registered and the reference
 computes. The kernels run under Triton's interpreter, too (`TRITON_INTERPRET=1`, tensors on the CPU): call the functions
-of `triton_linear`, `triton_experts` and `triton_attention` themselves there, since only "cuda" is registered.
+of `triton_linear`, `triton_experts`, `triton_attention` and `triton_fp8` themselves there, since only "cuda" is
+registered. The kernels of training steps, `triton_training`, are chosen by `training_kernels`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ MODULES = {
     "linear": "kvern.ops.triton_linear",
     "grouped_experts": "kvern.ops.triton_experts",
     "paged_latent_attention": "kvern.ops.triton_attention",
+    "quantize_tiles": "kvern.ops.triton_fp8",
+    "retile": "kvern.ops.triton_fp8",
 }
 """Op -> module whose function of the op's name computes it."""
 

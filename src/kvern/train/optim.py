@@ -7,7 +7,7 @@ A step computes in FP32 and rounds the moments when it stores them, so they take
 b2 = 0.95 that leaves v within 8 % of where it would settle: farther off, a step is over half of BF16's spacing.
 b1 0.9, b2 0.95, weight decay 0.1 and a norm of at most 1.0 are the report's; eps 1e-8, and no decay on norms and
 biases, are ours, for it says neither. An expert without a token has a gradient of zeros, not none: a step is the same
-however the batch is split. On the CPU's kernels a step is one pass over memory; elsewhere it is about ten.
+however the batch is split. With kernels (the CPU's or a card's) a step is one pass over memory; elsewhere about ten.
 Source: DeepSeek-V3 technical report, sections 3.3.3 and 4.2.
 """
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from kvern.errors import ConfigError, TrainingError
-from kvern.ops import native_training
+from kvern.ops.training_kernels import kernels_for
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -90,10 +90,11 @@ class AdamW(Optimizer):
         """The same in one pass over memory, where the kernels take the tensors (of a sharded one, this rank's)."""
         state = self.state[parameter]
         p, g, mean, square = (local(t.detach()) for t in (parameter, gradient, state["exp_avg"], state["exp_avg_sq"]))
-        if not (native_training.takes(p, g, mean, square) and all(t.is_contiguous() for t in (p, g, mean, square))):
+        kernels = kernels_for(p, g, mean, square)
+        if kernels is None or not all(t.is_contiguous() for t in (p, g, mean, square)):
             return False
         rates = group["lr"], group["weight_decay"], group["eps"]
-        native_training.adamw(p, g, mean, square, group["betas"], state["step"], *rates)
+        kernels.adamw(p, g, mean, square, group["betas"], state["step"], *rates)
         return True
 
 
@@ -130,9 +131,10 @@ def clip_gradients(
         for name, finite in zip(parameters, torch.isfinite(squares).tolist(), strict=True):
             if not finite:
                 raise TrainingError(f"the gradient of {name} is not finite")
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in own.values():
-        gradient.mul_(scale.to(gradient.dtype))
+    scale = max_norm / (float(norm) + 1e-6)
+    if scale < 1.0:
+        for gradient in own.values():
+            gradient.mul_(scale)
     return float(norm)
 
 
