@@ -25,15 +25,23 @@ CASES: dict[str, tuple[Compute, Compute, list[tuple[int, ...]]]] = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, w: reference.rms_norm(x, w, 1e-6), [(70, 37), (37,)]),
     "swiglu": (ops.swiglu, reference.swiglu, [(70, 45), (70, 45)]),
     "swiglu_halves": (ops.swiglu_halves, reference.swiglu_halves, [(70, 90)]),
-    "rope": (lambda x: ops.apply_rope(x, ROTATION), lambda x: reference.apply_rope(x, ROTATION), [(70, 3, 8)]),
-    "rope_key": (lambda x: ops.apply_rope(x, ROTATION), lambda x: reference.apply_rope(x, ROTATION), [(70, 8)]),
+    "rope": (
+        lambda x: ops.apply_rope(x, ROTATION.to(x.device)),
+        lambda x: reference.apply_rope(x, ROTATION),
+        [(70, 3, 8)],
+    ),
+    "rope_key": (
+        lambda x: ops.apply_rope(x, ROTATION.to(x.device)),
+        lambda x: reference.apply_rope(x, ROTATION),
+        [(70, 8)],
+    ),
     "expert_rows": (
-        lambda x: ops.expert_rows(x, ORDER, 3),
+        lambda x: ops.expert_rows(x, ORDER.to(x.device), 3),
         lambda x: reference_experts.expert_rows(x, ORDER, 3),
         [(70, 300)],
     ),
     "combine_experts": (
-        lambda rows, w: ops.combine_experts(rows, w, ORDER, [100, 0, 110]),
+        lambda rows, w: ops.combine_experts(rows, w, ORDER.to(w.device), [100, 0, 110]),
         lambda rows, w: reference_experts.combine_experts(rows, w, ORDER, [100, 0, 110]),
         [(210, 300), (70, 3)],
     ),
@@ -63,17 +71,24 @@ def gradients(compute: Compute, inputs: list[Tensor]) -> list[Tensor]:
     """The result and the gradient of each input."""
     leaves = [one.detach().clone().requires_grad_() for one in inputs]
     out = compute(*leaves)
-    torch.autograd.backward(out, torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    torch.autograd.backward(out, dy)
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
+on_card = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", on_card])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_and_gradients_are_the_references(name: str, dtype: torch.dtype) -> None:
+def test_results_and_gradients_are_the_references(name: str, dtype: torch.dtype, device: str) -> None:
     ours, specified, shapes = CASES[name]
     inputs = drawn(shapes, dtype, WEIGHTS.get(name))
     exact = gradients(specified, [one.float() for one in inputs])
-    got = gradients(ours, inputs)
+    got = [one.cpu() for one in gradients(ours, [one.to(device) for one in inputs])]
     assert len(got) == len(exact) == len(inputs) + 1
     assert got[0].dtype is dtype
     for one, other in zip(got, exact, strict=True):

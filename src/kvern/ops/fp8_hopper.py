@@ -62,16 +62,21 @@ def padded(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> tuple[Tens
 
 def torch_scales(a_scale: Tensor, b_scale: Tensor, blocks: bool) -> tuple[Tensor, Tensor]:
     """Scales as `scaled_mm` wants them: tiles with strides (1, rows); blocks [ceil4(K/128), N/128], strides (1, ..)."""
-    left = a_scale.T.contiguous().T
+    left = _by_columns(a_scale)
     if not blocks:
-        return left, b_scale.T.contiguous().T
-    return left, _pad_scale(b_scale.T, -b_scale.shape[1] % 4).T.contiguous().T
+        return left, _by_columns(b_scale)
+    return left, _by_columns(_pad_scale(b_scale.T, -b_scale.shape[1] % 4))
 
 
 def _pad_codes(codes: Tensor, rows: int, columns: int) -> Tensor:
     """With `rows` and `columns` more zeros, as bytes, since FP8 tensors cannot be padded; dense."""
     dense = _dense(codes)
     return F.pad(dense.view(torch.uint8), (0, columns, 0, rows)).view(codes.dtype) if rows or columns else dense
+
+
+def _by_columns(scale: Tensor) -> Tensor:
+    """The same numbers with strides (1, rows), also where there is one column, of which torch would not care."""
+    return scale.T.contiguous().T.as_strided(scale.shape, (1, scale.shape[0]))
 
 
 def _pad_scale(scale: Tensor, rows: int) -> Tensor:

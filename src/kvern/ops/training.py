@@ -99,14 +99,15 @@ def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int
     lengths = [last - first for first, last in pairwise(starts)]
     key, value = torch.tensor_split(kv, [q.shape[2] - rope.shape[1]], dim=2)
     k = torch.cat([key, rope[:, None].expand(-1, kv.shape[1], -1)], dim=2)
-    size = value.shape[2] if q.is_cuda else max(q.shape[2], value.shape[2])  # torch's CPU kernel wants equal sizes
-    parts = [F.pad(t, (0, size - t.shape[2])) for t in (q, k, value)]
-    if len(set(lengths)) == 1:
+    ragged = len(set(lengths)) > 1
+    if q.is_cuda and q.dtype is torch.bfloat16 and ragged:
+        return _ragged_attention(q, k, value, starts, scale)
+    size = max(q.shape[2], value.shape[2])
+    parts = [q, k, value] if q.is_cuda else [F.pad(t, (0, size - t.shape[2])) for t in (q, k, value)]  # CPUs: one size
+    if not ragged:
         q, k, v = (t.view(len(lengths), lengths[0], *t.shape[1:]).transpose(1, 2) for t in parts)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)[..., : value.shape[2]]
-    if q.is_cuda and q.dtype is torch.bfloat16:
-        return _ragged_attention(q, k, value, starts, scale)
     documents = (torch.split(t.transpose(0, 1)[None], lengths, dim=2) for t in parts)
     outs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in zip(*documents, strict=True)
@@ -119,7 +120,8 @@ def _ragged_attention(q: Tensor, k: Tensor, value: Tensor, starts: Sequence[int]
     from torch.nn.attention.varlen import varlen_attn
 
     borders, longest = torch.tensor(starts, dtype=torch.int32, device=q.device), max(b - a for a, b in pairwise(starts))
-    v = F.pad(value, (0, q.shape[2] - value.shape[2]))
+    size = max(q.shape[2], value.shape[2])
+    q, k, v = (F.pad(t, (0, size - t.shape[2])) for t in (q, k, value))
     out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[..., : value.shape[2]]

@@ -48,7 +48,8 @@ def _divided(x, scale, POWER_OF_TWO: tl.constexpr, BY_HAND: tl.constexpr):
     inverse = tl.div_rn(1.0, scale)
     y = x * inverse
     if not POWER_OF_TWO:
-        y = tl.fma(tl.fma(-y, scale, x), inverse, y)
+        left = tl.fma(-y, scale, x)
+        y = tl.where(left == 0.0, y, tl.fma(left, inverse, y))  # a zero keeps its sign
     return y
 
 
