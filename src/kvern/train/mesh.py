@@ -9,7 +9,7 @@ there is one process, and everything here costs nothing. Ranks lie in a grid of 
 
 Every rank takes data of its own, so expert parallel costs no batch. CPUs talk over gloo, cards over NCCL, and there CPU
 tensors still go over gloo. What it gives up: tensor parallelism, which V3's training had none of, and pipelines, whose
-seam `docs/training-cluster.md` names. NCCL has not been run: only gloo is tested.
+seam `docs/training-cluster.md` names. NCCL has not been run: only gloo is tested, and one card.
 """
 
 from __future__ import annotations
