@@ -1,10 +1,7 @@
 // Packed products of 4-bit weights on CPUs with AMX, in two forms that give the same numbers, bit for bit.
 //
-// The order of additions is that of tdpbf16ps (see amx.h): of each 32 columns the even and the odd products apart, each in
-// order from zero, then their sum. With many columns of x the tiles do it. With few, the tiles would be nearly empty and
-// their sums, stored for each group to be scaled, as many: FP32 multiply-adds in the same order need 11.5 cycles for 64
-// bytes, little more than memory does. (vdpbf16ps begins every other cycle only.) What it gives up: subnormal numbers
-// count as zeros, as they do in tiles.
+// With many columns of x the tiles do it, with few packed_amx_registers.h in the tiles' order of additions: 11.5 cycles
+// for 64 bytes, little more than memory takes. What it gives up: subnormal numbers count as zeros, as they do in tiles.
 #include <immintrin.h>
 
 #include "amx.h"
