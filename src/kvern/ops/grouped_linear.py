@@ -137,20 +137,20 @@ def row_count(x: Tensor) -> int:
 
 
 def _products(x: Tensor, stack: Tensor, counts: Sequence[int]) -> Tensor:
-    """x [R, K], sorted by expert, times stack [N, K, O]: [R, O]. On a card in one launch, where torch has one."""
-    if (
-        x.is_cuda
-        and x.dtype is torch.bfloat16
-        and len(stack) > 1
-        and len(x)
-        and not any(n % 8 for n in stack.shape[1:])
-    ):
+    """x [R, K], sorted by expert, times stack [N, K, O]: [R, O]."""
+    if _takes_one_launch(x, stack):
         ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device)
         return F.grouped_mm(x.contiguous(), stack, offs=ends)
     out = x.new_empty(len(x), stack.shape[2])
     for expert, rows in spans(counts):
         _product(x, rows, stack[expert], out)
     return out
+
+
+def _takes_one_launch(x: Tensor, stack: Tensor) -> bool:
+    """Whether torch's grouped product is for these: BF16 on a card, several experts, rows of whole 16 bytes."""
+    are_aligned = not any(size % 8 for size in stack.shape[1:])
+    return x.is_cuda and x.dtype is torch.bfloat16 and len(x) > 0 and len(stack) > 1 and are_aligned
 
 
 def _product(x: Tensor, rows: slice, weight: Tensor, out: Tensor) -> None:
