@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
 
 import torch
+from bench.transformers_peer import deepseek_v3
 from torch import Tensor
 
 from kvern.config import ModelConfig
@@ -35,7 +35,6 @@ from kvern.model import Transformer
 from kvern.plan.flops import step_flops
 from kvern.plan.hardware import default_threads, machine
 from kvern.train.balance import LoadBalancer, RoutingLog
-from kvern.train.experts import checkpoint_state
 from kvern.train.loss import training_loss
 from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
@@ -121,7 +120,7 @@ def kvern_step(dtype: torch.dtype, balanced: bool) -> Step:
 
 def transformers_step(dtype: torch.dtype, weights: torch.dtype, experts: str) -> Step:
     """transformers' step with the same weights: parameters in `weights`, computed in `dtype`."""
-    model = transformers_model(experts).to(weights)
+    model = deepseek_v3(fresh_model(torch.float32), torch.float32, torch.device("cpu"), experts).to(weights).train()
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
@@ -139,29 +138,6 @@ def transformers_step(dtype: torch.dtype, weights: torch.dtype, experts: str) ->
         return float(loss.detach())
 
     return step
-
-
-def transformers_model(experts: str) -> Any:
-    """DeepseekV3ForCausalLM with the weights of `fresh_model`; `experts`: grouped_mm, or eager for the loop."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    fields = {k: v for k, v in config().to_dict().items() if k not in ("architectures", "torch_dtype")}
-    model = DeepseekV3ForCausalLM._from_config(
-        DeepseekV3Config(**fields), attn_implementation="sdpa", experts_implementation=experts
-    ).float()
-    state = checkpoint_state(fresh_model(torch.float32))
-    for name, target in model.state_dict().items():
-        stem, _, stack = name.rpartition(".")
-        if stack == "gate_up_proj":
-            both = [
-                [state[f"{stem}.{n}.{part}.weight"] for part in ("gate_proj", "up_proj")] for n in range(len(target))
-            ]
-            target.copy_(torch.stack([torch.cat(pair) for pair in both]))
-        elif stem.endswith(".experts") and stack == "down_proj":
-            target.copy_(torch.stack([state[f"{stem}.{n}.down_proj.weight"] for n in range(len(target))]))
-        else:
-            target.copy_(state[name])
-    return model.train()
 
 
 def peak(dtype: torch.dtype, size: int = 3072) -> float:

@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench.transformers_peer import deepseek_v3
 from torch import Tensor
 
 from kvern.config import ModelConfig
@@ -37,7 +38,6 @@ from kvern.model.linear import RMSNorm
 from kvern.ops import Fp8Recipe
 from kvern.plan.flops import active_weights, step_flops
 from kvern.train.balance import LoadBalancer, RoutingLog
-from kvern.train.experts import checkpoint_state
 from kvern.train.loss import training_loss
 from kvern.train.model import make_trainable
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
@@ -136,17 +136,7 @@ def kvern_step(shape: ModelConfig, device: torch.device, recipe: Fp8Recipe | Non
 
 def transformers_step(shape: ModelConfig, device: torch.device) -> Step:
     """transformers' step with the same weights, rounded to BF16."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    fields = {k: v for k, v in shape.to_dict().items() if k not in ("architectures", "torch_dtype")}
-    with torch.device(device):
-        model: Any = DeepseekV3ForCausalLM._from_config(
-            DeepseekV3Config(**fields),
-            dtype=torch.bfloat16,
-            attn_implementation="sdpa",
-            experts_implementation="grouped_mm",
-        )
-    take_weights(model, fresh_model(shape, device))
+    model = deepseek_v3(fresh_model(shape, device), torch.bfloat16, device)
     parameters = list(model.train().parameters())
     optimizer = torch.optim.AdamW(parameters, RATE, betas=BETAS, weight_decay=DECAY, fused=True)
 
@@ -164,20 +154,6 @@ def transformers_step(shape: ModelConfig, device: torch.device) -> Step:
         return float(loss.detach()), clock.seconds()
 
     return step
-
-
-@torch.no_grad()
-def take_weights(model: Any, ours: Transformer) -> None:
-    """Give transformers' model the weights of `ours`."""
-    state = checkpoint_state(ours)
-    for name, target in model.state_dict().items():
-        stem, _, stack = name.rpartition(".")
-        if stem.endswith(".experts"):
-            parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
-            for index, expert in enumerate(target):
-                expert.copy_(torch.cat([state[f"{stem}.{index}.{part}.weight"] for part in parts]))
-        else:
-            target.copy_(state[name])
 
 
 class Clock:

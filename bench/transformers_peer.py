@@ -13,6 +13,8 @@ from kvern.checkpoint.gguf import GGUFSource
 from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.local import pulled_path
 from kvern.errors import NotFoundError
+from kvern.model import Transformer
+from kvern.train.experts import checkpoint_state
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,30 @@ class Static:
             seen = mask[:, : ids.shape[1] + (0 if cache is None else cache.get_seq_length())]
             padded = {"attention_mask": seen, "position_ids": (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
         return self.model(ids, cache=cache, use_cache=True, logits_to_keep=1, **padded)
+
+
+def deepseek_v3(ours: Transformer, dtype: torch.dtype, device: torch.device, experts: str = "grouped_mm") -> Any:
+    """transformers' DeepseekV3ForCausalLM in `dtype` with the weights of `ours`, a trainable model without MTP.
+
+    experts: its experts_implementation, grouped_mm, or eager for the loop.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    fields = {k: v for k, v in ours.config.to_dict().items() if k not in ("architectures", "torch_dtype")}
+    with torch.device(device):
+        model: Any = DeepseekV3ForCausalLM._from_config(
+            DeepseekV3Config(**fields), dtype=dtype, attn_implementation="sdpa", experts_implementation=experts
+        )
+    state = checkpoint_state(ours)
+    for name, target in model.state_dict().items():
+        stem, _, stack = name.rpartition(".")
+        if stem.endswith(".experts"):
+            parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+            for index, expert in enumerate(target):
+                expert.copy_(torch.cat([state[f"{stem}.{index}.{part}.weight"] for part in parts]))
+        else:
+            target.copy_(state[name])
+    return model
 
 
 def load_qwen2(name: str, dtype: torch.dtype, *, rounded: bool = False) -> Any:

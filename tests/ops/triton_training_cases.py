@@ -11,7 +11,7 @@ from torch import Tensor
 from kvern.ops import reference, reference_experts, reference_fp8, triton_fp8, triton_training
 from kvern.ops.fp8_linear import COLUMN_TILE, ROW_TILE, SMALLEST_AMAX, WEIGHT_BLOCK
 from kvern.ops.training import _places
-from kvern.train.optim import AdamW
+from kvern.train.optim import AdamW, step_numbers
 
 Case = Callable[[str], None]
 CASES: dict[str, Case] = {}
@@ -146,7 +146,8 @@ def training_adamw(device: str) -> None:
         for step in range(1, 6):
             parameter.grad = torch.randn(3000)
             optimizer.step()
-            triton_training.adamw(there, parameter.grad.to(device), mean, square, (0.9, 0.95), step, 1e-2, 0.1, 1e-8)
+            numbers = step_numbers((0.9, 0.95), step, 1e-2, 0.1, 1e-8)
+            triton_training.adamw(there, parameter.grad.to(device), mean, square, numbers)
         state = optimizer.state[parameter]
         for got, expected in ((there, parameter.detach()), (mean, state["exp_avg"]), (square, state["exp_avg_sq"])):
             tolerance = 1e-6 if moments is torch.float32 else 5e-2  # five times cut off

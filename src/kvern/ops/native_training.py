@@ -7,6 +7,7 @@ computes in FP32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -113,20 +114,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return losses
 
 
-def adamw(
-    parameter: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    betas: tuple[float, float],
-    step: int,
-    rate: float,
-    decay: float,
-    eps: float,
-) -> None:
-    """One step in place; parameter and gradient float32, moments of one dtype."""
-    first, second = betas
-    numbers = 1 - first, second, 1 - rate * decay, rate / (1 - first**step), 1 / (1 - second**step), eps
+def adamw(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
+    """One step in place; parameter and gradient float32, moments of one dtype; numbers: `train.optim.step_numbers`."""
     _call("adamw", parameter, gradient, mean, square, CODES[mean.dtype], parameter.numel(), *numbers)
 
 

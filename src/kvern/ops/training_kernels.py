@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,16 +25,7 @@ class TrainingKernels(Protocol):
     def combine_backward(self, dy: Tensor, rows: Tensor, weights: Tensor, places: Tensor) -> tuple[Tensor, Tensor]: ...
     def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor: ...
     def adamw(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        betas: tuple[float, float],
-        step: int,
-        rate: float,
-        decay: float,
-        eps: float,
+        self, parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]
     ) -> None: ...
 
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from kvern.ops import reference, reference_fp8
 from kvern.ops.reference import BLOCK, E4M3_MAX
-from kvern.ops.triton_linear import INTERPRETED, decode_e4m3
+from kvern.ops.triton_linear import FLOATS, INTERPRETED, decode_e4m3
 
-FLOATS = (torch.float32, torch.bfloat16)
 SHAPES = {(1, BLOCK): (64, BLOCK), (BLOCK, 1): (BLOCK, 64), (BLOCK, BLOCK): (BLOCK, BLOCK)}
 """Tile -> rows and columns of a program."""
 CORNER = 64
@@ -152,10 +151,13 @@ def _quantized(
     (rows, columns), (height, width) = x.shape, SHAPES[tile]
     shape = -(-rows // tile[0]), -(-columns // tile[1])
     if tile == (BLOCK, 1):
-        codes = _new(x, (columns, shape[0] * BLOCK), torch.uint8).T
+        codes = x.new_empty((columns, shape[0] * BLOCK), dtype=torch.uint8).T
     else:
-        codes = _new(x, (rows, columns), torch.uint8)
-    scale = _new(x, shape[::-1], torch.float32).T if tile == (1, BLOCK) else _new(x, shape, torch.float32)
+        codes = x.new_empty((rows, columns), dtype=torch.uint8)
+    if tile == (1, BLOCK):
+        scale = x.new_empty(shape[::-1], dtype=torch.float32).T
+    else:
+        scale = x.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _quantize_kernel[triton.cdiv(rows, height), triton.cdiv(columns, width)](
             codes, scale, x, known, rows, columns, x.stride(0), *((0, 0) if known is None else known.stride()),
@@ -164,10 +166,6 @@ def _quantized(
             num_warps=8,
         )  # fmt: skip
     return codes.view(torch.float8_e4m3fn), scale
-
-
-def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def _has_fp8(x: Tensor) -> bool:

@@ -9,12 +9,15 @@ tuned per card; a row of a norm is held whole, up to `WIDEST` numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16)
+from kvern.ops.triton_linear import FLOATS
+
 WIDEST = 16384
 """Numbers of a row that one program holds."""
 PARTS = 264
@@ -189,7 +192,7 @@ def _adamw_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [R, D], its rows possibly apart, weight [D] float32 -> (y [R, D], 1 / root mean square [R] float32)."""
     rows, size = x.shape
-    y, inverse = _new(x.shape, x), _new((rows,), x, torch.float32)
+    y, inverse = x.new_empty(x.shape), x.new_empty((rows,), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _rms_norm_kernel[rows,](y, inverse, x, x.stride(0), weight, size, eps, **_row(size))
     return y, inverse
@@ -199,7 +202,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
     """(dx [R, D], dweight [D] float32)."""
     rows, size = x.shape
     parts = min(PARTS, rows)
-    dx, dw = _new(x.shape, x), _new((parts, size), x, torch.float32)
+    dx, dw = x.new_empty(x.shape), x.new_empty((parts, size), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _rms_norm_backward_kernel[parts,](dx, dw, dy, x, x.stride(0), weight, inverse, rows, size, **_row(size))
     return dx, dw.sum(0)
@@ -207,7 +210,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up [R, I] with one stride -> [R, I]."""
-    y = _new(gate.shape, gate)
+    y = gate.new_empty(gate.shape)
     with torch.cuda.device_of(gate):
         _swiglu_kernel[_strips(gate)](y, gate, up, gate.stride(0), gate.shape[1], WIDTH=STRIP)
     return y
@@ -224,7 +227,7 @@ def swiglu_backward(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Te
 def rotate(x: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
     """x [T, H, P], in any strides of T and H, by rotation [T, P / 2] complex64, or its conjugate -> [T, H, P]."""
     tokens, heads, size = x.shape
-    y, wide = _new(x.shape, x), triton.next_power_of_2(size // 2)
+    y, wide = x.new_empty(x.shape), triton.next_power_of_2(size // 2)
     block = max(1, min(triton.next_power_of_2(heads), STRIP // wide))
     with torch.cuda.device_of(x):
         _rotate_kernel[tokens, triton.cdiv(heads, block)](
@@ -237,7 +240,7 @@ def rotate(x: Tensor, rotation: Tensor, back: bool = False) -> Tensor:
 def combine(rows: Tensor, weights: Tensor | None, places: Tensor) -> Tensor:
     """rows [T K, D], weights [T, K] float32 or None (ones), places [T, K] int64 -> [T, D]."""
     (tokens, top_k), size = places.shape, rows.shape[1]
-    out = _new((tokens, size), rows)
+    out = rows.new_empty((tokens, size))
     if out.numel():
         with torch.cuda.device_of(rows):
             _combine_kernel[tokens, triton.cdiv(size, STRIP)](out, rows, weights, places, top_k, size, WIDTH=STRIP)
@@ -246,7 +249,7 @@ def combine(rows: Tensor, weights: Tensor | None, places: Tensor) -> Tensor:
 
 def combine_backward(dy: Tensor, rows: Tensor, weights: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """(drows [T K, D], dweights [T, K] float32)."""
-    drows, dweights = _new(rows.shape, rows), _new(weights.shape, rows, torch.float32)
+    drows, dweights = rows.new_empty(rows.shape), rows.new_empty(weights.shape, dtype=torch.float32)
     if drows.numel():
         with torch.cuda.device_of(rows):
             _combine_backward_kernel[places.numel(),](
@@ -260,37 +263,20 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
 
     A target beyond V has the loss NaN: the host does not wait to look at targets.
     """
-    losses = _new((len(logits),), logits, torch.float32)
+    losses = logits.new_empty((len(logits),), dtype=torch.float32)
     if len(logits):
         with torch.cuda.device_of(logits):
             _cross_entropy_kernel[len(logits),](losses, logits, targets, logits.shape[1], gradient, WIDTH=4 * STRIP)
     return losses
 
 
-def adamw(
-    parameter: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    betas: tuple[float, float],
-    step: int,
-    rate: float,
-    decay: float,
-    eps: float,
-) -> None:
-    """One step in place; parameter and gradient float32, moments of one dtype."""
-    first, second = betas
-    numbers = 1 - first, second, 1 - rate * decay, rate / (1 - first**step), 1 / (1 - second**step), eps
+def adamw(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
+    """One step in place; parameter and gradient float32, moments of one dtype; numbers: `train.optim.step_numbers`."""
     if parameter.numel():
         with torch.cuda.device_of(parameter):
             _adamw_kernel[triton.cdiv(parameter.numel(), STRIP),](
                 parameter, gradient, mean, square, parameter.numel(), *numbers, WIDTH=STRIP
             )
-
-
-def _new(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense, whatever the strides of `like`."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def _strips(x: Tensor) -> tuple[int, int]:

@@ -13,6 +13,7 @@ Source: DeepSeek-V3 technical report, sections 3.3.3 and 4.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -93,9 +94,17 @@ class AdamW(Optimizer):
         kernels = kernels_for(p, g, mean, square)
         if kernels is None or not all(t.is_contiguous() for t in (p, g, mean, square)):
             return False
-        rates = group["lr"], group["weight_decay"], group["eps"]
-        kernels.adamw(p, g, mean, square, group["betas"], state["step"], *rates)
+        numbers = step_numbers(group["betas"], state["step"], group["lr"], group["weight_decay"], group["eps"])
+        kernels.adamw(p, g, mean, square, numbers)
         return True
+
+
+def step_numbers(
+    betas: tuple[float, float], step: int, rate: float, decay: float, eps: float
+) -> tuple[float, float, float, float, float, float]:
+    """What the kernels of a step multiply and add: 1 - b1, b2, 1 - lr wd, lr / (1 - b1^t), 1 / (1 - b2^t), eps."""
+    first, second = betas
+    return 1 - first, second, 1 - rate * decay, rate / (1 - first**step), 1 / (1 - second**step), eps
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:
@@ -126,16 +135,16 @@ def clip_gradients(
     )
     if reduce is not None:
         reduce(squares)
-    norm = squares.sum().sqrt()
-    if not torch.isfinite(norm):
+    norm = float(squares.sum().sqrt())
+    if not math.isfinite(norm):
         for name, finite in zip(parameters, torch.isfinite(squares).tolist(), strict=True):
             if not finite:
                 raise TrainingError(f"the gradient of {name} is not finite")
-    scale = max_norm / (float(norm) + 1e-6)
+    scale = max_norm / (norm + 1e-6)
     if scale < 1.0:
         for gradient in own.values():
             gradient.mul_(scale)
-    return float(norm)
+    return norm
 
 
 def local(tensor: Tensor) -> Tensor:
