@@ -51,6 +51,16 @@ def test_an_epoch_holds_every_token_once(lengths: list[int], others: list[int], 
         assert sorted(len(row.tokens) for row in rows)[1:] == [length] * (len(rows) - 1)
 
 
+@given(lengths=DOCUMENTS, length=st.integers(1, 50))
+def test_a_row_is_cut_into_shorter_documents_and_keeps_its_tokens(lengths: list[int], length: int) -> None:
+    row = Row(np.arange(sum(lengths)), tuple(lengths), None)
+    short = row.cut(length)
+    assert short.tokens is row.tokens
+    assert max(short.lengths) <= length
+    assert set(np.cumsum(lengths)) <= set(np.cumsum(short.lengths))
+    assert len(short.lengths) == sum(-(-one // length) for one in lengths)
+
+
 @given(lengths=DOCUMENTS, length=st.integers(2, 30))
 def test_documents_never_mix_and_keep_their_order(lengths: list[int], length: int) -> None:
     documents = numbered(lengths)

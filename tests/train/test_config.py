@@ -13,7 +13,8 @@ from kvern.train.config import load, parse
 
 
 def test_what_is_written_out_reads_back(tmp_path: Path) -> None:
-    before = config(batch={"rows": 8, "length": 32, "ramp": {"first": 2, "tokens": 1000}})
+    windows = [{"rows": 8, "length": 4}, {"rows": 80, "length": 16}]
+    before = config(batch={"rows": 8, "length": 32, "ramp": {"first": 2, "tokens": 1000}, "windows": windows})
     path = tmp_path / "config.toml"
     path.write_text(before.toml())
     assert load(path) == before
@@ -54,6 +55,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"batch": {"rows": 4, "length": 65}}, "batch.length is 65, and the model's window 64 tokens", "shorter rows"),
     ({"batch": {"rows": 4, "length": 32, "ramp": {"first": 8, "tokens": 9}}}, "over batch.rows, which is 4", ""),
     ({"batch": {"rows": 6, "length": 32, "ramp": {"first": 4, "tokens": 9}}}, "batch.rows is 6, no multiple", ""),
+    ({"batch": {"rows": 4, "length": 32, "windows": [{"rows": 9, "length": 32}]}}, "a window of 32 cuts nothing", ""),
+    ({"batch": {"rows": 4, "length": 32, "windows": [{"rows": 9, "length": 8}] * 2}}, "windows must grow", ""),
+    ({"optimizer": {"name": "muno"}}, "optimizer.name: .*'adamw' or 'muon', not 'muno'", ""),
     ({"precision": {"dtype": "f16"}}, "precision.dtype: .*'bf16' or 'f32', not 'f16'", ""),
     ({"learning_rate": {"peak": 1e-6}}, "learning_rate: rates must fall", ""),
     ({"learning_rate": {"peak": float("nan")}}, "learning_rate.peak: .*finite", ""),

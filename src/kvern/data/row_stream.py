@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +75,11 @@ class Row:
     tokens: NDArray[np.int64]
     lengths: tuple[int, ...]
     learned: NDArray[np.bool_] | None
+
+    def cut(self, length: int) -> Row:
+        """The same tokens as documents of at most `length`: what is left of one is a document of its own."""
+        pieces = (min(length, whole - begin) for whole in self.lengths for begin in range(0, whole, length))
+        return replace(self, lengths=tuple(pieces))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     checkpoints/step-00000124.part/    one that is being written, or was when the process died: never read, removed
 
 The state is copied in memory, then written by a thread of its own while training goes on; the folder gets its name when
-every rank's file is on the disk. It holds the float32 parameters under the checkpoint's names, both moments, the gates'
+every rank's file is on the disk. It holds the float32 parameters under the checkpoint's names, the moments, the gates'
 biases in float32, the state of torch's generator, and in progress.json what a person may want to read: step, tokens,
 consumed sequences, and the fingerprints of configuration and data. Any number of ranks reads what any other
 wrote. What it gives up: memory for one copy of the state while it is written.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from kvern.checkpoint.save import rename, write_file
 from kvern.errors import CheckpointError
-from kvern.train.optim import MOMENTS, AdamW
+from kvern.train.optim import AdamW
 
 PROGRESS = "progress.json"
 COMPLETE = re.compile(r"step-(\d{8,})")
@@ -151,8 +151,8 @@ def training_state(model: nn.Module, optimizer: AdamW) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         state[f"model.{name}"] = parameter.detach()
         if parameter.requires_grad:
-            moments = _moments(optimizer, parameter)
-            state |= {f"optimizer.{moment}.{name}": moments[moment] for moment in MOMENTS}
+            moments = optimizer.moments_of(parameter)
+            state |= {f"optimizer.{moment}.{name}": moments[moment] for moment in optimizer.moment_names(parameter)}
     state |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
     return state
 
@@ -161,15 +161,6 @@ def set_steps(optimizer: Optimizer, step: int) -> None:
     """Tell the optimizer how many steps its moments have seen."""
     for moments in optimizer.state.values():
         moments["step"] = step
-
-
-def _moments(optimizer: AdamW, parameter: Tensor) -> dict[str, Any]:
-    moments: dict[str, Any] = optimizer.state[parameter]
-    if not moments:
-        moments["step"] = 0
-        for moment in MOMENTS:
-            moments[moment] = torch.zeros_like(parameter, dtype=optimizer.moments)
-    return moments
 
 
 def _reason(error: BaseException) -> str:

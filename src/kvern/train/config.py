@@ -17,6 +17,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from kvern.data.options import DataOptions
 from kvern.errors import ConfigError
 from kvern.ops import Fp8Recipe
 from kvern.settings import nearest, read_toml
-from kvern.train import optim
+from kvern.train import muon, optim
 from kvern.train.balance import ALPHA, GAMMA, GAMMA_TOKENS
 from kvern.train.loss import LossOptions, MTPWeight
 from kvern.train.schedule import BatchSize, LearningRate
@@ -58,13 +59,38 @@ class RampTable(Table):
     multiple: int | None = Field(default=None, ge=1)
 
 
+class WindowTable(Table):
+    """Documents of the run's first `rows` sequences are cut every `length` tokens."""
+
+    rows: int = Field(ge=1)
+    length: int = Field(ge=2)
+
+
 class BatchTable(Table):
-    """`rows` sequences of up to `length` tokens a step, computed `micro_batch` at a time on each rank."""
+    """`rows` sequences of up to `length` tokens a step, computed `micro_batch` at a time on each rank.
+
+    windows: short documents first, which cost less and are learned from sooner; of several, the first that reaches
+    a sequence decides.
+    """
 
     rows: int = Field(ge=1)
     length: int = Field(ge=2)
     micro_batch: int = Field(default=1, ge=1)
     ramp: RampTable | None = None
+    windows: tuple[WindowTable, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchTable:
+        for shorter, longer in pairwise(self.windows):
+            if not (shorter.rows < longer.rows and shorter.length < longer.length):
+                raise ValueError("windows must grow, in rows and in length")
+        if self.windows and self.windows[-1].length >= self.length:
+            raise ValueError(f"a window of {self.windows[-1].length} cuts nothing off rows of {self.length}")
+        return self
+
+    def window_at(self, row: int) -> int:
+        """How long documents of sequence `row` may be."""
+        return next((window.length for window in self.windows if row < window.rows), self.length)
 
     def schedule(self, ranks: int = 1) -> BatchSize:
         """Sequences by tokens. ConfigError where `ranks` cannot share them evenly."""
@@ -83,8 +109,10 @@ class BatchTable(Table):
 
 
 class OptimizerTable(Table):
-    """AdamW's constants, and the norm to which all gradients together are clipped."""
+    """What steps, AdamW's constants and Muon's momentum, and the norm to which all gradients together are clipped."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    momentum: float = Field(default=muon.MOMENTUM, ge=0, lt=1)
     betas: tuple[float, float] = optim.BETAS
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=optim.WEIGHT_DECAY, ge=0)

@@ -59,24 +59,33 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.requires_grad:
-                    self._update(parameter, group)
+                    self.moments_of(parameter)["step"] += 1
+                    missing = parameter.grad is None
+                    self._update(parameter, torch.zeros_like(parameter) if missing else parameter.grad.float(), group)
         return loss
+
+    def moments_of(self, parameter: Tensor) -> dict[str, Any]:
+        """A parameter's moments, and the `step`s they have seen; zeros before the first."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in self.moment_names(parameter):
+                state[name] = torch.zeros_like(parameter, dtype=self.moments)
+        return state
+
+    def moment_names(self, parameter: Tensor) -> tuple[str, ...]:
+        """Which of `MOMENTS` a parameter has."""
+        return MOMENTS
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state; moments keep their dtype, which torch would turn into the parameter's."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for name in MOMENTS:
+            for name in state.keys() & MOMENTS:
                 state[name] = state[name].to(self.moments)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (first, second) = self.state[parameter], group["betas"]
-        if not state:
-            state["step"] = 0
-            for name in MOMENTS:
-                state[name] = torch.zeros_like(parameter, dtype=self.moments)
-        state["step"] += 1
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
         if self._update_natively(parameter, gradient, group):
             return
         mean = state["exp_avg"].float().lerp_(gradient, 1 - first)

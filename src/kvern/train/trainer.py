@@ -29,6 +29,7 @@ from kvern.train.imported import imports_of
 from kvern.train.mesh import Ranks
 from kvern.train.metrics import Metrics, StepMetrics
 from kvern.train.model import make_trainable
+from kvern.train.muon import Muon, matrix_groups
 from kvern.train.optim import AdamW, parameter_groups
 from kvern.train.parallelize import parallelize
 from kvern.train.peak import Peak
@@ -78,14 +79,7 @@ class Trainer:
         self.learning_rate = config.learning_rate.schedule()
         torch.manual_seed(config.seed)
         self.model = build_model(config, ranks)
-        table = config.optimizer
-        self.optimizer = AdamW(
-            parameter_groups(self.model, table.weight_decay),
-            config.learning_rate.peak,
-            betas=table.betas,
-            eps=table.eps,
-            weight_decay=table.weight_decay,
-        )
+        self.optimizer = build_optimizer(config, self.model)
         self.learner = Learner(self.model, self.optimizer, ranks.sum, ranks.device)
         self.progress = Progress(config=config.fingerprint(), data=rows.fingerprint)
 
@@ -150,11 +144,11 @@ class Trainer:
     def _share(self, batch: int) -> Iterator[Row]:
         """This rank's rows of the next `batch`, checked."""
         for index in range(self.ranks.data_rank, batch, self.ranks.data_size):
-            row = self.rows.row(self.progress.consumed + index)
+            number = self.progress.consumed + index
+            row = self.rows.row(number).cut(self.config.batch.window_at(number))
             if len(row.tokens) > self.config.batch.length:
                 raise ConfigError(
-                    f"row {self.progress.consumed + index} has {len(row.tokens)} tokens, over batch.length, "
-                    f"which is {self.config.batch.length}"
+                    f"row {number} has {len(row.tokens)} tokens, over batch.length, which is {self.config.batch.length}"
                 )
             if int(row.tokens.max(initial=0)) >= self.model.config.vocab_size:
                 raise ConfigError(
@@ -235,6 +229,15 @@ def build_model(config: TrainConfig, ranks: Ranks) -> Transformer:
     else:
         fill(model, stored)
     return model
+
+
+def build_optimizer(config: TrainConfig, model: Transformer) -> AdamW:
+    """What `config.optimizer` names, over a model that `build_model` has made."""
+    table, lr = config.optimizer, config.learning_rate.peak
+    if table.name == "muon":
+        groups = matrix_groups(model, table.weight_decay)
+        return Muon(groups, lr, momentum=table.momentum, betas=table.betas, eps=table.eps)
+    return AdamW(parameter_groups(model, table.weight_decay), lr, betas=table.betas, eps=table.eps)
 
 
 def _prepare(model: Transformer, config: TrainConfig) -> None:

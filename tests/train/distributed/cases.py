@@ -21,6 +21,7 @@ from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.loss import LossOptions, training_loss
 from kvern.train.mesh import DATA, EXPERT, Ranks
 from kvern.train.model import make_trainable
+from kvern.train.muon import Muon, matrix_groups
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
 from kvern.train.packed_rows import IGNORED, PackedRows
 from kvern.train.parallelize import parallelize
@@ -42,6 +43,7 @@ class Case:
     mtp: int = 1
     lengths: tuple[int, ...] = (9, 5, 1, 12, 7, 3, 8, 10)
     together: int = 1
+    muon: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,12 @@ def steps(
     rows: int,
     targets: int,
     reduce: Callable[[Tensor], None] | None,
+    muon: bool = False,
     count: int = 3,
 ) -> Outcome:
     """Train `count` steps on the same rows."""
     log, balancer = RoutingLog(model), LoadBalancer(model)
-    optimizer = AdamW(parameter_groups(model), lr=1e-3)
+    optimizer = Muon(matrix_groups(model), lr=1e-3) if muon else AdamW(parameter_groups(model), lr=1e-3)
     outcome = Outcome([], [], [], {}, {})
     for step in range(count):
         loss = torch.zeros(2, dtype=torch.float64)
@@ -151,11 +154,11 @@ def compare(ranks: Ranks, case: Case) -> Distance:
     rows = [row(index, length, case.together == 1) for index, length in enumerate(lengths)]
     targets = sum(int((one.targets() != IGNORED).sum()) for one in rows)
     alone = [joined(rows[first : first + case.together]) for first in range(0, len(rows), case.together)]
-    expected = steps(build(case), alone, len(rows), targets, None)
+    expected = steps(build(case), alone, len(rows), targets, None, case.muon)
 
     model = build(case)
     parallelize(model, regrid(ranks, case.expert))
-    got = steps(model, rows[ranks.rank :: ranks.world], len(rows), targets, ranks.sum)
+    got = steps(model, rows[ranks.rank :: ranks.world], len(rows), targets, ranks.sum, case.muon)
     return Distance(
         apart(dict(enumerate(got.losses)), dict(enumerate(expected.losses))),
         apart(dict(enumerate(got.norms)), dict(enumerate(expected.norms))),
@@ -192,6 +195,7 @@ def two(ranks: Ranks, folder: Path) -> dict[str, Distance]:
         ranks,
         Case("FSDP, FP8", recipe=Fp8Recipe()),
         Case("EP", expert=2),
+        Case("FSDP, Muon", muon=True),
     )
 
 
@@ -203,6 +207,7 @@ def more_of_2(ranks: Ranks, folder: Path) -> dict[str, Distance]:
         Case("FSDP, BF16", dtype=torch.bfloat16),
         Case("EP, BF16", expert=2, dtype=torch.bfloat16),
         Case("EP, FP8", expert=2, recipe=Fp8Recipe(), mtp=0, lengths=ALIGNED, together=2),
+        Case("EP, Muon", expert=2, muon=True),
     )
 
 
@@ -217,6 +222,7 @@ def more_of_4(ranks: Ranks, folder: Path) -> dict[str, Distance]:
         ranks,
         Case("FSDP"),
         Case("EP", expert=4),
+        Case("FSDP x EP, Muon", expert=2, muon=True),
         Case("EP, hardly a token", expert=4, lengths=SHORT, mtp=2),
         Case("FSDP x EP, FP8", expert=2, recipe=Fp8Recipe(), mtp=0, lengths=ALIGNED, together=2),
     )
