@@ -399,7 +399,8 @@ def test_an_answer_that_can_not_be_stored_says_so(tiny_folder: Path, tmp_path: P
     settings = {"store": str(tmp_path / "store.sqlite")}
     with serving(lambda: LLM(tiny_folder, engine=ScriptedEngine()), settings=settings) as running:
         store = Store(settings["store"])
-        responses.METADATA.drop_all(store._engine)
+        with store.write() as connection:  # takes the write lock at once: the server may be writing
+            responses.METADATA.drop_all(connection)
         store.close()
         path = f"{running.url}/v1/responses"
         whole = httpx.post(path, json={**BODY, "max_output_tokens": 3}).json()

@@ -62,6 +62,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"learning_rate": {"peak": 1e-6}}, "learning_rate: rates must fall", ""),
     ({"learning_rate": {"peak": float("nan")}}, "learning_rate.peak: .*finite", ""),
     ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer: betas must be from 0 to under 1", ""),
+    ({"optimizer": {"momentum": 0.9}}, "optimizer: momentum is Muon's; betas are AdamW's", ""),
     ({"model": {**MODEL, "hidden_size": 0}}, "model.hidden_size must be positive, not 0", ""),
     ({"model": {**MODEL, "initializer_range": "big"}}, "model.initializer_range must be a positive number", ""),
     ({"model": {k: v for k, v in MODEL.items() if k != "v_head_dim"}}, "model.* lacks v_head_dim", ""),

@@ -122,6 +122,8 @@ class OptimizerTable(Table):
     def _check(self) -> OptimizerTable:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be from 0 to under 1, not {list(self.betas)}")
+        if self.name == "adamw" and self.momentum != muon.MOMENTUM:
+            raise ValueError("momentum is Muon's; betas are AdamW's")
         return self
 
 

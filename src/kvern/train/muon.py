@@ -11,25 +11,28 @@ stays the default; Kimi K2, of V3's architecture, with Muon.
 
 A parameter is one matrix, or a stack of them: of experts, and of gate and up one above the other. The embedding and the
 head, whose rows are tokens and not directions, and norms and biases step by AdamW. The momentum is BF16, as there.
-Where rows of a matrix lie on several ranks, all of them gather u and compute x; whole experts need nobody.
-What it gives up: those products, and on every rank for matrices that are cut: a quarter of kvern-nano's step of 4,096
-tokens, 7 % of one of 16,384; and an expert that no token
-chooses goes on along its last momentum at full length, so keep experts balanced.
+Where rows of matrices lie on several ranks, these deal out whole matrices of one shape among them: each computes x of
+its own, and the rows go back. Whole experts need nobody.
+What it gives up: those products, a quarter of kvern-nano's step of 4,096 tokens in one process, 7 % of one of 16,384;
+ranks without work where fewer matrices of a shape than ranks are left; and an expert that no token chooses goes on
+along its last momentum at full length, so keep experts balanced.
 Sources: Jordan, "Muon" (kellerjordan.github.io/posts/muon); Liu et al., arXiv 2502.16982, section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from kvern.errors import ConfigError
 from kvern.train.experts import GATE_UP
-from kvern.train.optim import BETAS, MOMENTS, WEIGHT_DECAY, AdamW, local, parameter_groups
+from kvern.train.optim import BETAS, MOMENTS, WEIGHT_DECAY, AdamW, gradient_of, local, parameter_groups
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -67,19 +70,24 @@ class Muon(AdamW):
         """Matrices have the first moment alone."""
         return MOMENTS[:1] if parameter in self._matrices else MOMENTS
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_all(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
         if not group.get(PARTS):
-            super()._update(parameter, gradient, group)
+            super()._update_all(parameters, group)
             return
-        momentum = local(self.state[parameter]["exp_avg"])
-        gradient = local(gradient)
+        for some, ranks in _rounds(parameters):
+            rows, columns = some[0].shape[-2:]
+            size = group["lr"] * LIKE_ADAMW * max(rows // group[PARTS], columns) ** 0.5
+            ahead = torch.stack([self._ahead(parameter) for parameter in some])
+            steps = _of_shares(ahead.flatten(0, -3), rows, group[PARTS], ranks).view_as(ahead)
+            for parameter, step in zip(some, steps, strict=True):
+                local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-size)
+
+    def _ahead(self, parameter: Tensor) -> Tensor:
+        """This rank's share of u; the momentum moves on."""
+        gradient, momentum = local(gradient_of(parameter)), local(self.state[parameter]["exp_avg"])
         mean = momentum.float().lerp_(gradient, 1 - self.momentum)
         momentum.copy_(mean)
-        ahead = gradient.lerp(mean, self.momentum)
-        rows, columns = parameter.shape[-2] // group[PARTS], parameter.shape[-1]
-        size = group["lr"] * LIKE_ADAMW * max(rows, columns) ** 0.5
-        step = _share(parameter, ahead, group[PARTS])
-        local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-size)
+        return gradient.lerp(mean, self.momentum)
 
 
 def matrix_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:
@@ -110,25 +118,55 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if is_tall else x).reshape(matrices.shape).float()
 
 
-def _each(stack: Tensor, parts: int) -> Tensor:
-    """`orthogonal` of each matrix of a parameter."""
-    *stacked, rows, columns = stack.shape
-    return orthogonal(stack.reshape(*stacked, parts, rows // parts, columns)).reshape(stack.shape)
+def _rounds(parameters: Iterable[Tensor]) -> Iterator[tuple[Sequence[Tensor], DeviceMesh | None]]:
+    """Parameters of one shape that step together, and the ranks over which their rows are cut, if they are.
+
+    As many as there are ranks, so that each computes one; a stack of experts, or what no other rank needs, alone.
+    """
+    alike: defaultdict[tuple[torch.Size, DeviceMesh | None], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        alike[parameter.shape, _ranks_of(parameter)].append(parameter)
+    for (shape, ranks), some in alike.items():
+        count = ranks.size() if ranks is not None and len(shape) == 2 else 1
+        for first in range(0, len(some), count):
+            yield some[first : first + count], ranks
 
 
-def _share(parameter: Tensor, ahead: Tensor, parts: int) -> Tensor:
-    """This rank's share of `_each`, of its share of u; all ranks that share the parameter must call it."""
+def _ranks_of(parameter: Tensor) -> DeviceMesh | None:
+    """The ranks that hold rows of the same matrices; None where this one has whole matrices."""
     if not isinstance(parameter, DTensor):
-        return _each(ahead, parts)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if parameter.dim() == 3 and all(one.is_replicate() or one == Shard(0) for one in placements):
-        return _each(ahead, parts) if ahead.numel() else ahead
-    shares = DTensor.from_local(
-        ahead, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
-    whole = _each(shares.full_tensor(), parts)
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(mesh, placements).to_local()
+        return None
+    rows = Shard(parameter.dim() - 2)
+    cut = [number for number, placement in enumerate(parameter.placements) if placement == rows]
+    if not cut:
+        return None
+    mesh = parameter.device_mesh
+    return mesh if mesh.ndim == 1 else mesh[cast(tuple[str, ...], mesh.mesh_dim_names)[cut[0]]]
+
+
+def _of_shares(shares: Tensor, rows: int, parts: int, ranks: DeviceMesh | None) -> Tensor:
+    """u -> x: this rank's rows of some matrices, [matrices, its rows, columns]. All `ranks` must call it.
+
+    They deal the matrices out, so that each computes whole ones, and then deal their rows back.
+    """
+    if ranks is None:
+        return _each(shares, parts)
+    shape = torch.Size((len(shares), rows, shares.shape[-1]))
+    mine = _among(ranks, shares, Shard(1), shape).redistribute(placements=[Shard(0)])
+    steps = _each(mine.to_local(), parts)
+    return _among(ranks, steps, Shard(0), shape).redistribute(placements=[Shard(1)]).to_local()
+
+
+def _among(ranks: DeviceMesh, share: Tensor, cut: Shard, shape: torch.Size) -> DTensor:
+    """The whole of which each rank has a share; `shape` is the whole's, [matrices, rows, columns]."""
+    _, rows, columns = shape
+    return DTensor.from_local(share, ranks, [cut], run_check=False, shape=shape, stride=(rows * columns, columns, 1))
+
+
+def _each(stack: Tensor, parts: int) -> Tensor:
+    """`orthogonal` of each matrix of [stack, parts * rows, columns]."""
+    count, rows, columns = stack.shape
+    return orthogonal(stack.reshape(count, parts, rows // parts, columns)).view_as(stack)
 
 
 def _precision(device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ Source: DeepSeek-V3 technical report, sections 3.3.3 and 4.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,10 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    self.moments_of(parameter)["step"] += 1
-                    missing = parameter.grad is None
-                    self._update(parameter, torch.zeros_like(parameter) if missing else parameter.grad.float(), group)
+            trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+            for parameter in trained:
+                self.moments_of(parameter)["step"] += 1
+            self._update_all(trained, group)
         return loss
 
     def moments_of(self, parameter: Tensor) -> dict[str, Any]:
@@ -83,6 +82,10 @@ class AdamW(Optimizer):
         for state in self.state.values():
             for name in state.keys() & MOMENTS:
                 state[name] = state[name].to(self.moments)
+
+    def _update_all(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            self._update(parameter, gradient_of(parameter), group)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (first, second) = self.state[parameter], group["betas"]
@@ -106,6 +109,11 @@ class AdamW(Optimizer):
         numbers = step_numbers(group["betas"], state["step"], group["lr"], group["weight_decay"], group["eps"])
         kernels.adamw(p, g, mean, square, numbers)
         return True
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """In float32; zeros where a parameter had no part in the loss."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
 
 
 def step_numbers(

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tests.tiny import tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kvern.errors import KvernError
 from kvern.model import Transformer
 from kvern.ops import Fp8Recipe
+from kvern.train import muon
 from kvern.train.balance import LoadBalancer, RoutingLog
 from kvern.train.loss import LossOptions, training_loss
 from kvern.train.mesh import DATA, EXPERT, Ranks
 from kvern.train.model import make_trainable
-from kvern.train.muon import Muon, matrix_groups
+from kvern.train.muon import Muon, matrix_groups, orthogonal
 from kvern.train.optim import AdamW, clip_gradients, parameter_groups
 from kvern.train.packed_rows import IGNORED, PackedRows
 from kvern.train.parallelize import parallelize
@@ -231,6 +235,28 @@ def more_of_4(ranks: Ranks, folder: Path) -> dict[str, Distance]:
 def distances(ranks: Ranks, *cases: Case) -> dict[str, Distance]:
     """By the cases' names."""
     return {case.name: compare(ranks, case) for case in cases}
+
+
+def dealt(ranks: Ranks, folder: Path) -> tuple[list[int], float]:
+    """How many matrices this rank makes orthogonal a call, and how far the weights end from where one process's do."""
+    counts: list[int] = []
+
+    def counted(matrices: Tensor) -> Tensor:
+        counts.append(len(matrices))
+        return orthogonal(matrices)
+
+    def stepped(model: nn.Module) -> dict[str, Tensor]:
+        optimizer = Muon([{"params": list(model.parameters()), muon.PARTS: 1}], 0.1)
+        torch.autograd.backward(model(torch.ones(2, 5)).square().sum())
+        optimizer.step()
+        return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(5)), nn.Linear(5, 3, bias=False))
+    expected = stepped(copy.deepcopy(model))
+    fully_shard(model, mesh=ranks.everyone)
+    with patch.object(muon, "orthogonal", counted):
+        return counts, apart(stepped(model), expected)
 
 
 def refusals(ranks: Ranks, folder: Path) -> list[tuple[type[KvernError], str]]:

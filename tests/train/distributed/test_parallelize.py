@@ -14,8 +14,9 @@ from kvern.errors import ConfigError, TrainingError
 from kvern.train.mesh import Ranks
 from kvern.train.parallelize import parallelize
 
-F32 = {"loss": 2e-7, "norm": 1e-6, "gradient": 1e-6, "weight": 5e-5}
-"""Weights differ by more than gradients: Adam's first steps go by the sign of a gradient, however small, and its
+F32 = {"loss": 2e-7, "norm": 1e-6, "gradient": 2e-6, "weight": 5e-5}
+"""Gradients: products of other rows at a time add up in another order, on some processors (1.2e-6 on a Zen 4 with eight
+rows over four ranks of experts). Weights differ by more than gradients: Adam's first steps go by the sign of a gradient, however small, and its
 moments round to BF16."""
 BF16 = {"loss": 1e-2, "norm": 1e-2, "gradient": 1e-2, "weight": 5e-3}
 """Experts' products of other rows at a time round to other BF16 numbers, which may choose another expert. With FSDP
@@ -57,6 +58,12 @@ def test_alone_nothing_is_cut() -> None:
     before = list(model.parameters())
     parallelize(model, Ranks(0, 1, torch.device("cpu")))
     assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+
+
+def test_muon_deals_whole_matrices_out(tmp_path: Path) -> None:
+    results = cast(list[tuple[list[int], float]], launch(2, CASES + "dealt", tmp_path))
+    assert [counts for counts, _ in results] == [[1, 1, 1, 1], [1, 1, 0, 0]]  # five of one shape, in pairs, and one
+    assert all(distance < 1e-3 for _, distance in results)
 
 
 @pytest.mark.slow
