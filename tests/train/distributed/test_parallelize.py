@@ -16,8 +16,8 @@ from kvern.train.parallelize import parallelize
 
 F32 = {"loss": 2e-7, "norm": 1e-6, "gradient": 2e-6, "weight": 5e-5}
 """Gradients: products of other rows at a time add up in another order, on some processors (1.2e-6 on a Zen 4 with eight
-rows over four ranks of experts). Weights differ by more than gradients: Adam's first steps go by the sign of a gradient, however small, and its
-moments round to BF16."""
+rows over four ranks of experts). Weights differ by more than gradients: Adam's first steps go by the sign of a
+gradient, however small, and its moments round to BF16."""
 BF16 = {"loss": 1e-2, "norm": 1e-2, "gradient": 1e-2, "weight": 5e-3}
 """Experts' products of other rows at a time round to other BF16 numbers, which may choose another expert. With FSDP
 alone they are the same products."""
