@@ -1,6 +1,6 @@
 """A training step: Kvern against transformers' DeepseekV3ForCausalLM with the same weights, in alternating pairs.
 
-    python -m bench.train [--dtypes bf16,f32] [--pairs 5] [--rows 8] [--length 512] [--json]
+    python -m bench.train [--dtypes bf16,f32] [--pairs 5] [--rows 8] [--length 512] [--compile] [--json]
 
 A step is forward, backward, clipping and AdamW over rows of random tokens, each one document, on the CPU's threads;
 every step has new rows, the same for all. Without MTP and balance losses, which transformers does not train;
@@ -12,8 +12,9 @@ every step has new rows, the same for all. Without MTP and balance losses, which
 - `f32`: FP32 everywhere on both sides; Kvern's moments are FP32, too.
 
 transformers has its best settings: torch's fused AdamW, sdpa attention, the grouped product over experts
-(`--experts eager` for its loop). The share of peak divides the FLOPs of a step by those of a product of two square
-matrices of 3072 in the same dtype (`kvern.plan.flops`).
+(`--experts eager` for its loop). `--compile` measures one peer more: Kvern's own step with torch.compile over
+attention, the part that it takes (docs/LOG.md). The share of peak divides the FLOPs of a step by those of a product of
+two square matrices of 3072 in the same dtype (`kvern.plan.flops`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from kvern.config import ModelConfig
 from kvern.model import Transformer
+from kvern.model.attention import Attention
 from kvern.plan.flops import step_flops
 from kvern.plan.hardware import default_threads, machine
 from kvern.train.balance import LoadBalancer, RoutingLog
@@ -97,9 +99,12 @@ def fresh_model(dtype: torch.dtype) -> Transformer:
     return model
 
 
-def kvern_step(dtype: torch.dtype, balanced: bool) -> Step:
+def kvern_step(dtype: torch.dtype, balanced: bool, compiled: bool = False) -> Step:
     """Kvern's step."""
     model = fresh_model(dtype)
+    for module in model.modules() if compiled else ():
+        if isinstance(module, Attention):
+            module.compile(dynamic=False)
     named = dict(model.named_parameters())
     optimizer = AdamW(parameter_groups(model, DECAY), RATE, betas=BETAS, moments=dtype)
     log, balancer = (RoutingLog(model), LoadBalancer(model)) if balanced else (None, None)
@@ -152,6 +157,8 @@ def measure(name: str, args: argparse.Namespace) -> list[Row]:
     ways = {"autocast": torch.float32, "weights": dtype} if name == "bf16" else {"weights": dtype}
     ours = kvern_step(dtype, args.balanced)
     peers = {way: transformers_step(dtype, weights, args.experts) for way, weights in ways.items()}
+    if args.compile:
+        peers["compiled"] = kvern_step(dtype, args.balanced, compiled=True)
     losses = dict.fromkeys(("kvern", *peers), 0.0)
     times: dict[str, list[float]] = {way: [] for way in losses}
     generator = torch.Generator().manual_seed(1)
@@ -184,6 +191,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--experts", default="grouped_mm", help="transformers' experts implementation")
     parser.add_argument("--balanced", action="store_true", help="Kvern also balances its experts")
+    parser.add_argument("--compile", action="store_true", help="one peer more: Kvern's step, compiled")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     load_at_start = os.getloadavg()[0]
@@ -200,9 +208,7 @@ def print_table(rows: list[Row], load_at_start: float) -> None:
     total = sum(p.numel() for p in Transformer(config()).parameters()) / 1e6
     threads = f"{torch.get_num_threads()} threads"
     print(f"{total:.1f}M parameters, {machine().cpu}, {threads}, load {load_at_start:.1f} at the start")
-    print(
-        f"{'':<6}{'transformers':<14}{'Kvern tok/s':>12}{'theirs':>8}{'ratio':>7}{'of peak':>9}{'theirs':>8}  of pairs"
-    )
+    print(f"{'':<6}{'beside':<14}{'Kvern tok/s':>12}{'theirs':>8}{'ratio':>7}{'of peak':>9}{'theirs':>8}  of pairs")
     for row in rows:
         each = " ".join(f"{a / b:.2f}" for a, b in row.pairs)
         shares = f"{row.kvern_of_peak:>9.3f}{row.transformers_of_peak:>8.3f}"
