@@ -21,6 +21,9 @@ gradient, however small, and its moments round to BF16."""
 BF16 = {"loss": 1e-2, "norm": 1e-2, "gradient": 1e-2, "weight": 5e-3}
 """Experts' products of other rows at a time round to other BF16 numbers, which may choose another expert. With FSDP
 alone they are the same products."""
+FP8 = {"loss": 1e-4, "norm": 5e-3, "gradient": 2e-6, "weight": 5e-3}
+"""Of both at once: on some processors (a Zen 4) a last bit of the first step's weights moves an FP8 code in the second,
+which chooses another expert. The first step's gradients stay as near as in FP32."""
 MUON = {"loss": 5e-5, "norm": 2e-4, "gradient": 1e-6, "weight": 2e-3}
 """Muon multiplies in BF16, which rounds what differs in the last bit to what differs in the eighth."""
 
@@ -30,10 +33,10 @@ CASES = "tests.train.distributed.cases:"
 def check(world: int, function: str, folder: Path) -> None:
     results = cast(list[dict[str, Distance]], launch(world, CASES + function, folder))
     for name, distance in results[0].items():
-        low = name == "EP, BF16"
-        for key, limit in (BF16 if low else MUON if name.endswith("Muon") else F32).items():
+        limits = {"EP, BF16": BF16, "FSDP x EP, FP8": FP8}.get(name, MUON if name.endswith("Muon") else F32)
+        for key, limit in limits.items():
             assert getattr(distance, key) <= limit, (name, key, distance)
-        assert distance.loads_equal or low, name
+        assert distance.loads_equal or limits in (BF16, FP8), name
         assert distance.idle == 0, name
         assert distance.sharded, name
     assert all(result == results[0] for result in results[1:])
