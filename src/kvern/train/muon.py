@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from kvern.errors import ConfigError
 from kvern.train.experts import GATE_UP
@@ -138,6 +138,8 @@ def _ranks_of(parameter: Tensor) -> DeviceMesh | None:
         return None
     rows = Shard(parameter.dim() - 2)
     cut = [number for number, placement in enumerate(parameter.placements) if placement == rows]
+    assert len(cut) <= 1  # what parallelize makes: one dimension of the mesh cuts rows, none cuts columns
+    assert set(parameter.placements) <= {Replicate(), Shard(0), rows}
     if not cut:
         return None
     mesh = parameter.device_mesh

@@ -14,18 +14,20 @@ from kvern.errors import ConfigError, TrainingError
 from kvern.train.mesh import Ranks
 from kvern.train.parallelize import parallelize
 
-F32 = {"loss": 2e-7, "norm": 1e-6, "gradient": 2e-6, "weight": 5e-5}
-"""Gradients: products of other rows at a time add up in another order, on some processors (1.2e-6 on a Zen 4 with eight
-rows over four ranks of experts). Weights differ by more than gradients: Adam's first steps go by the sign of a
-gradient, however small, and its moments round to BF16."""
+F32 = {"loss": 2e-7, "norm": 1e-6, "gradient": 1e-6, "weight": 5e-5}
+"""Weights differ by more than gradients: Adam's first steps go by the sign of a gradient, however small, and its
+moments round to BF16."""
+FEW_TOKENS = {**F32, "gradient": 2e-6}
+"""Experts' products of a row or two add up in another order on some processors: 1.2e-6 on a Zen 4."""
 BF16 = {"loss": 1e-2, "norm": 1e-2, "gradient": 1e-2, "weight": 5e-3}
 """Experts' products of other rows at a time round to other BF16 numbers, which may choose another expert. With FSDP
 alone they are the same products."""
-FP8 = {"loss": 1e-4, "norm": 5e-3, "gradient": 2e-6, "weight": 5e-3}
-"""Of both at once: on some processors (a Zen 4) a last bit of the first step's weights moves an FP8 code in the second,
-which chooses another expert. The first step's gradients stay as near as in FP32."""
+FP8 = {"loss": 1e-4, "norm": 5e-3, "gradient": 1e-6, "weight": 5e-3}
+"""On a Zen 4 a gate chooses another expert from the second step on; a last bit that moves an FP8 code, we take it, and
+have not traced it. The first step's gradients stay as near as in FP32."""
 MUON = {"loss": 5e-5, "norm": 2e-4, "gradient": 1e-6, "weight": 2e-3}
 """Muon multiplies in BF16, which rounds what differs in the last bit to what differs in the eighth."""
+OWN = {"EP, BF16": BF16, "EP, hardly a token": FEW_TOKENS, "FSDP x EP, FP8": FP8}
 
 CASES = "tests.train.distributed.cases:"
 
@@ -33,10 +35,10 @@ CASES = "tests.train.distributed.cases:"
 def check(world: int, function: str, folder: Path) -> None:
     results = cast(list[dict[str, Distance]], launch(world, CASES + function, folder))
     for name, distance in results[0].items():
-        limits = {"EP, BF16": BF16, "FSDP x EP, FP8": FP8}.get(name, MUON if name.endswith("Muon") else F32)
+        limits = OWN.get(name, MUON if name.endswith("Muon") else F32)
         for key, limit in limits.items():
             assert getattr(distance, key) <= limit, (name, key, distance)
-        assert distance.loads_equal or limits in (BF16, FP8), name
+        assert distance.loads_equal or limits is BF16 or limits is FP8, name
         assert distance.idle == 0, name
         assert distance.sharded, name
     assert all(result == results[0] for result in results[1:])
