@@ -129,9 +129,7 @@ def _mtp_losses(
         start_TE = hidden_TE if options.norm_first else states_TE
         loss = token_loss(model, hidden_TE, rows.targets()) / len(layers)
         heard = _hear(log, rows, options)
-        if (
-            moved is None
-        ):  # no document has two tokens: nothing counts, but other ranks share this layer and wait for it
+        if moved is None:  # no document is that long: nothing counts, but other ranks wait for this layer's collectives
             loss, heard = 0 * (loss + states_TE.sum()), ({}, torch.zeros_like(loss))
         yield loss, *heard
 
