@@ -52,6 +52,21 @@ inline float exponential(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// As integers, floats are ordered with this; it is its own inverse. Compilers vectorise the largest of integers, and of
+// floats only where there is no NaN. NaN counts as larger than infinity, or smaller than its negative, by its sign bit.
+inline int32_t ordered(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+inline float unordered(int32_t order) {
+  const int32_t bits = order ^ (order >> 31 & 0x7fffffff);
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 template <class T>
 void norm(const NormTask& task, int64_t begin, int64_t end) {
   const int64_t size = task.size;
@@ -180,8 +195,9 @@ void entropy(const EntropyTask& task, int64_t begin, int64_t end) {
       if (task.gradient) std::memset(z, 0, static_cast<size_t>(task.columns) * sizeof(T));
       continue;
     }
-    float largest = get(z[0]);
-    for (int64_t i = 1; i < task.columns; ++i) largest = get(z[i]) > largest ? get(z[i]) : largest;
+    int32_t order = ordered(get(z[0]));
+    for (int64_t i = 1; i < task.columns; ++i) order = ordered(get(z[i])) > order ? ordered(get(z[i])) : order;
+    const float largest = unordered(order);
     float sum = 0;
     for (int64_t i = 0; i < task.columns; ++i) sum += exponential(get(z[i]) - largest);
     task.losses[r] = std::log(sum) + largest - get(z[target]);
