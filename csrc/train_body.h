@@ -196,7 +196,10 @@ void entropy(const EntropyTask& task, int64_t begin, int64_t end) {
       continue;
     }
     int32_t order = ordered(get(z[0]));
-    for (int64_t i = 1; i < task.columns; ++i) order = ordered(get(z[i])) > order ? ordered(get(z[i])) : order;
+    for (int64_t i = 1; i < task.columns; ++i) {
+      const int32_t other = ordered(get(z[i]));
+      order = other > order ? other : order;
+    }
     const float largest = unordered(order);
     float sum = 0;
     for (int64_t i = 0; i < task.columns; ++i) sum += exponential(get(z[i]) - largest);

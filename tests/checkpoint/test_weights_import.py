@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.pulled import pulled
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from kvern.checkpoint.convert import convert
 from kvern.checkpoint.gguf import GGUFSource
-from kvern.checkpoint.known_models import find_model
 from kvern.checkpoint.load import load
-from kvern.checkpoint.local import pulled_path
 from kvern.engine import Engine, EngineSettings, SamplingParams
 from kvern.model.batch import ForwardBatch
 
@@ -37,10 +36,7 @@ LOGIT_TOLERANCE = 5e-5
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    path = pulled_path(find_model("coder-0.5b"))
-    if path is None:
-        pytest.skip("coder-0.5b is not here: kvern pull coder-0.5b")
-    return path
+    return pulled("coder-0.5b")
 
 
 @pytest.fixture(scope="module")

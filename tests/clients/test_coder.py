@@ -24,9 +24,7 @@ import pytest
 from tests.clients.acting import MODEL
 from tests.clients.pages import Desk, read_page
 from tests.clients.test_acted import git, needs, repository
-
-from kvern.checkpoint.known_models import find_model
-from kvern.checkpoint.local import pulled_path
+from tests.pulled import pulled
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow, pytest.mark.weights, pytest.mark.timeout(4000)]
 
@@ -60,8 +58,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    if pulled_path(find_model(MODEL)) is None:
-        pytest.skip(f"{MODEL} is not here: kvern pull {MODEL}")
+    pulled(MODEL)
     errors = tmp_path_factory.mktemp("served") / "log"
     argv = [sys.executable, "-m", "kvern", "serve", MODEL, "--port", "0", "--access-log"]
     with errors.open("w") as err, subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=err, text=True) as process:

@@ -9,11 +9,10 @@ from typing import Any
 import openai
 import pytest
 from openai.types.responses import Response
+from tests.pulled import pulled
 from tests.server.serving import serving
 from tests.wire.test_responses_stream import read_back
 
-from kvern.checkpoint.known_models import find_model
-from kvern.checkpoint.local import pulled_path
 from kvern.engine import EngineSettings
 from kvern.llm import LLM
 
@@ -29,8 +28,7 @@ WEATHER: Any = {
 
 @pytest.fixture(scope="module")
 def sdk() -> Iterator[openai.OpenAI]:
-    if pulled_path(find_model(MODEL)) is None:
-        pytest.skip(f"{MODEL} is not here: kvern pull {MODEL}")
+    pulled(MODEL)
     llm = LLM(MODEL, settings=EngineSettings(max_context=2048, cache_tokens=4096))
     with (
         serving(lambda: llm, settings={"max_body_bytes": 1 << 20}) as server,

@@ -8,11 +8,10 @@ from typing import Any
 
 import openai
 import pytest
+from tests.pulled import pulled
 from tests.server.serving import serving
 from tests.server.test_tools import CLOCK, WEATHER, calls_of
 
-from kvern.checkpoint.known_models import find_model
-from kvern.checkpoint.local import pulled_path
 from kvern.llm import LLM
 
 pytestmark = pytest.mark.weights
@@ -22,8 +21,7 @@ NAMED: Any = {"type": "function", "function": {"name": "clock"}}
 
 @pytest.fixture(scope="module")
 def sdk() -> Iterator[openai.OpenAI]:
-    if pulled_path(find_model("coder-0.5b")) is None:
-        pytest.skip("coder-0.5b has not been pulled: run `kvern pull coder-0.5b`")
+    pulled("coder-0.5b")
     with (
         serving(lambda: LLM("coder-0.5b", max_context=4096), settings={"max_body_bytes": 1 << 20}) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", _strict_response_validation=True) as client,
