@@ -112,6 +112,22 @@ int kvern_quantize_tiles(uint8_t* codes, float* scale, const void* x, int64_t st
 int kvern_dequantize_tiles(float* out, const uint8_t* codes, int64_t stride, const float* scale, int64_t rows, int64_t columns,
                            int64_t tile_rows, int64_t tile_columns);
 
+/* Causal attention within documents and its gradients, for training: BF16, and FP32 where nothing else is said. Optional as the
+ * parts above; KVERN_UNSUPPORTED_ISA but on avx512bf16 and amx.
+ *   out[t, h] = sum_c p[c] kv[c, h, nope:],   p = softmax over c <= t of t's document of q[t, h] . (kv[c, h, :nope], rope[c]) scale
+ *   out, dout  [tokens, heads, value]      lse  [tokens, heads] FP32: log2 of the sum of what p is divided by
+ *   q, dq      [tokens, heads, nope + rope_size]      kv, dkv  [tokens, heads, nope + value]
+ *   rope       [tokens, rope_size], rows rope_stride apart      drope  [tokens, heads, rope_size] FP32, to be summed over heads
+ *   starts     [documents + 1] from 0 to tokens, never falling: where documents begin
+ * What comes of a document depends on it alone, bit for bit. Subnormal numbers count as zeros. */
+int kvern_document_attention(uint16_t* out, float* lse, const uint16_t* q, const uint16_t* kv, const uint16_t* rope,
+                             int64_t rope_stride, const int64_t* starts, int64_t documents, int64_t tokens, int64_t heads,
+                             int64_t nope, int64_t rope_size, int64_t value, float scale);
+int kvern_document_attention_backward(uint16_t* dq, uint16_t* dkv, float* drope, const uint16_t* dout, const uint16_t* out,
+                                      const float* lse, const uint16_t* q, const uint16_t* kv, const uint16_t* rope,
+                                      int64_t rope_stride, const int64_t* starts, int64_t documents, int64_t tokens, int64_t heads,
+                                      int64_t nope, int64_t rope_size, int64_t value, float scale);
+
 /* Causal attention over keys and values rebuilt from the latents (MLA, expanded), softmax in FP32:
  *   out[t, h] = sum_c p[c] * kv[c, h, nope:],   p = softmax over c <= context - tokens + t of q[t, h] . k[c, h] * scale,
  *   k[c, h] = (kv[c, h, :nope], rope[c])

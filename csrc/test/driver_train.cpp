@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <cmath>
 #include <numeric>
 
 #include "check.h"
@@ -150,6 +151,85 @@ void check_tiles(Random& random, int dtype) {
   }
 }
 
+// Of one head and query t: what each token before it adds to the result and to every gradient, by the formula.
+struct HeadByFormula {
+  const std::vector<uint8_t>&q, &kv, &rope, &dout;
+  int64_t nope, shared, value;
+  double scale;
+
+  double key(int64_t c, int64_t i) const {
+    return i < nope ? at(kv, KVERN_BF16, c * (nope + value) + i) : at(rope, KVERN_BF16, c * shared + i - nope);
+  }
+  double value_at(int64_t c, int64_t i) const { return at(kv, KVERN_BF16, c * (nope + value) + nope + i); }
+
+  void add(int64_t first, int64_t t, std::vector<double>& out, std::vector<double>& dq, std::vector<double>& dk, std::vector<double>& dv) const {
+    const int64_t size = nope + shared;
+    std::vector<double> p, slopes;
+    double total = 0, mean = 0;
+    for (int64_t c = first; c <= t; ++c) {
+      double score = 0, slope = 0;
+      for (int64_t i = 0; i < size; ++i) score += at(q, KVERN_BF16, t * size + i) * key(c, i);
+      for (int64_t i = 0; i < value; ++i) slope += at(dout, KVERN_BF16, t * value + i) * value_at(c, i);
+      p.push_back(std::exp(score * scale));
+      slopes.push_back(slope);
+      total += p.back();
+    }
+    for (size_t c = 0; c < p.size(); ++c) p[c] /= total, mean += p[c] * slopes[c];
+    for (int64_t c = first; c <= t; ++c) {
+      const double weight = p[static_cast<size_t>(c - first)], ds = weight * (slopes[static_cast<size_t>(c - first)] - mean) * scale;
+      for (int64_t i = 0; i < value; ++i) {
+        out[static_cast<size_t>(t * value + i)] += weight * value_at(c, i);
+        dv[static_cast<size_t>(c * value + i)] += weight * at(dout, KVERN_BF16, t * value + i);
+      }
+      for (int64_t i = 0; i < size; ++i) {
+        dq[static_cast<size_t>(t * size + i)] += ds * key(c, i);
+        dk[static_cast<size_t>(c * size + i)] += ds * at(q, KVERN_BF16, t * size + i);
+      }
+    }
+  }
+};
+
+// Of one head, so that its gradients lie as the formula's do.
+void check_documents(Random& random, int64_t nope, int64_t shared, int64_t value, std::vector<int64_t> starts) {
+  const int64_t tokens = starts.back(), documents = static_cast<int64_t>(starts.size()) - 1, size = nope + shared;
+  const auto stored = [&](int64_t width) { return random.stored(tokens * width, KVERN_BF16); };
+  const auto q = stored(size), kv = stored(nope + value), rope = stored(shared), dout = stored(value);
+  auto out = dout, dq = q, dkv = kv;
+  std::vector<float> lse(static_cast<size_t>(tokens)), drope(static_cast<size_t>(tokens * shared));
+  const auto bits = [](const std::vector<uint8_t>& bytes) { return reinterpret_cast<const uint16_t*>(bytes.data()); };
+  const auto room = [](std::vector<uint8_t>& bytes) { return reinterpret_cast<uint16_t*>(bytes.data()); };
+  const auto forward = [&](int64_t stride) {
+    return kvern_document_attention(room(out), lse.data(), bits(q), bits(kv), bits(rope), stride, starts.data(), documents, tokens, 1,
+                                    nope, shared, value, 0.2f);
+  };
+  if (forward(shared) == KVERN_UNSUPPORTED_ISA) return;
+  require(forward(shared) == KVERN_OK, "attention of documents");
+  require(shared == 0 || forward(shared - 1) == KVERN_BAD_ARGUMENT, "rows of rope that overlap");
+  require(kvern_document_attention_backward(room(dq), room(dkv), drope.data(), bits(dout), bits(out), lse.data(), bits(q), bits(kv),
+                                            bits(rope), shared, starts.data(), documents, tokens, 1, nope, shared, value, 0.2f) == KVERN_OK,
+          "attention's gradients");
+  const HeadByFormula formula{q, kv, rope, dout, nope, shared, value, 0.2f};
+  std::vector<double> exact_out(static_cast<size_t>(tokens * value)), exact_dq(static_cast<size_t>(tokens * size)), exact_dk(exact_dq),
+      exact_dv(exact_out);
+  for (int64_t d = 0; d < documents; ++d) {
+    for (int64_t t = starts[static_cast<size_t>(d)]; t < starts[static_cast<size_t>(d) + 1]; ++t) {
+      formula.add(starts[static_cast<size_t>(d)], t, exact_out, exact_dq, exact_dk, exact_dv);
+    }
+  }
+  const auto near = [](double got, double exact, const char* what) { close(got, exact, 2e3 * (1 + std::abs(exact)), what); };
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < value; ++i) {
+      near(at(out, KVERN_BF16, t * value + i), exact_out[static_cast<size_t>(t * value + i)], "attention");
+      near(at(dkv, KVERN_BF16, t * (nope + value) + nope + i), exact_dv[static_cast<size_t>(t * value + i)], "dv");
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const double dk = i < nope ? at(dkv, KVERN_BF16, t * (nope + value) + i) : drope[static_cast<size_t>(t * shared + i - nope)];
+      near(at(dq, KVERN_BF16, t * size + i), exact_dq[static_cast<size_t>(t * size + i)], "dq");
+      near(dk, exact_dk[static_cast<size_t>(t * size + i)], "dk");
+    }
+  }
+}
+
 }  // namespace
 
 void check_train() {
@@ -163,4 +243,8 @@ void check_train() {
     check_adamw(random, dtype);
     check_tiles(random, dtype);
   }
+  check_documents(random, 1, 0, 1, {0, 1});
+  check_documents(random, 5, 2, 3, {0, 63, 63, 128, 193});
+  check_documents(random, 0, 33, 31, {0, 65});
+  check_documents(random, 64, 32, 64, {0, 64, 70, 200});
 }

@@ -132,6 +132,70 @@ void fuzz_expanded(Fuzz& fuzz) {
   if (rope) bad(at_rope, nullptr);
 }
 
+// Whole documents and their gradients: each comes out the same among the others and alone.
+void fuzz_documents(Fuzz& fuzz) {
+  int64_t documents = fuzz.between(1, 4), heads = fuzz.between(1, 3), value = fuzz.size(80), nope = fuzz.chance(4) ? 0 : fuzz.size(80);
+  int64_t rope = nope && fuzz.chance(3) ? 0 : fuzz.size(40), stride = rope + fuzz.between(0, 3);
+  std::vector<int64_t> starts{0};
+  for (int64_t d = 0; d < documents; ++d) starts.push_back(starts.back() + (d && fuzz.chance(5) ? 0 : fuzz.size(150)));
+  int64_t tokens = starts.back(), size = nope + rope, row = nope + value;
+  const auto numbers = [&](int64_t count) { return fuzz.numbers(count, KVERN_BF16); };
+  const Buffer q = numbers(tokens * heads * size), kv = numbers(tokens * heads * row), ropes = numbers((tokens - 1) * stride + rope);
+  const Buffer dout = numbers(tokens * heads * value);
+  struct Results {
+    Buffer out, lse, dq, dkv, drope;
+    Results(int64_t rows, int64_t size, int64_t row, int64_t rope, int64_t value)
+        : out(2 * rows * value), lse(4 * rows), dq(2 * rows * size), dkv(2 * rows * row), drope(4 * rows * rope) {}
+  };
+  const auto words = [](const Buffer& buffer, int64_t skipped = 0) { return reinterpret_cast<uint16_t*>(buffer.data()) + skipped; };
+  const Results all(tokens * heads, size, row, rope, value);
+  const uint16_t *at_q = words(q), *at_kv = words(kv), *at_rope = words(ropes), *at_dout = words(dout);
+  const int64_t* at_starts = starts.data();
+  const auto forward = [&] {
+    return kvern_document_attention(words(all.out), all.lse.floats(), at_q, at_kv, at_rope, stride, at_starts, documents, tokens, heads,
+                                    nope, rope, value, 0.1f);
+  };
+  const auto backward = [&] {
+    return kvern_document_attention_backward(words(all.dq), words(all.dkv), all.drope.floats(), at_dout, words(all.out), all.lse.floats(),
+                                             at_q, at_kv, at_rope, stride, at_starts, documents, tokens, heads, nope, rope, value, 0.1f);
+  };
+  if (forward() == KVERN_UNSUPPORTED_ISA) return;
+  require(forward() == KVERN_OK && backward() == KVERN_OK, "attention of documents");
+  const int64_t d = fuzz.between(0, documents - 1), first = starts[static_cast<size_t>(d)], count = starts[static_cast<size_t>(d) + 1] - first;
+  if (count) {
+    const Results alone(count * heads, size, row, rope, value);
+    const int64_t span[] = {0, count}, skipped = first * heads;
+    const uint16_t* my_rope = words(ropes, first * stride);
+    require(kvern_document_attention(words(alone.out), alone.lse.floats(), words(q, skipped * size), words(kv, skipped * row), my_rope, stride,
+                                     span, 1, count, heads, nope, rope, value, 0.1f) == KVERN_OK &&
+                kvern_document_attention_backward(words(alone.dq), words(alone.dkv), alone.drope.floats(), words(dout, skipped * value),
+                                                  words(alone.out), alone.lse.floats(), words(q, skipped * size), words(kv, skipped * row),
+                                                  my_rope, stride, span, 1, count, heads, nope, rope, value, 0.1f) == KVERN_OK,
+            "a document alone");
+    const auto equal = [&](const Buffer& one, const Buffer& among, int64_t width, int dtype) {
+      for (int64_t i = 0; i < count * heads * width; ++i) {
+        require(same(read_scalar(one.data(), dtype, i), read_scalar(among.data(), dtype, skipped * width + i)), "a document among others");
+      }
+    };
+    equal(alone.out, all.out, value, KVERN_BF16);
+    equal(alone.dq, all.dq, size, KVERN_BF16);
+    equal(alone.dkv, all.dkv, row, KVERN_BF16);
+    equal(alone.drope, all.drope, rope, KVERN_F32);
+  }
+  const auto bad = [&](auto& one, auto wrong) {
+    const auto value_of = static_cast<std::decay_t<decltype(one)>>(wrong);
+    must_refuse_with(one, value_of, forward, {&all.out, &all.lse}, "attention of documents with a bad argument");
+    must_refuse_with(one, value_of, backward, {&all.dq, &all.dkv, &all.drope}, "attention's gradients with a bad argument");
+  };
+  bad(tokens, -1); bad(tokens, tokens + 1); bad(tokens, kHuge); bad(documents, -1); bad(heads, 0); bad(heads, kHuge);
+  bad(nope, -1); bad(nope, kHuge); bad(rope, -1); bad(rope, kHuge); bad(value, 0); bad(value, kHuge); bad(value, kWide);
+  bad(stride, rope - 1); bad(stride, kHuge); bad(at_q, nullptr); bad(at_kv, nullptr); bad(at_starts, nullptr);
+  bad(starts[0], 1); bad(starts.back(), tokens + 1);
+  if (documents > 1) bad(starts[1], fuzz.one_of<int64_t>({-1, INT64_MIN, INT64_MAX, tokens + 1}));
+  if (rope) bad(at_rope, nullptr);
+  must_refuse_with(at_dout, static_cast<const uint16_t*>(nullptr), backward, {&all.dq, &all.dkv, &all.drope}, "no gradient");
+}
+
 // A row of logits, edits, and what is drawn from it: an id of the row, or why there is none.
 void fuzz_sample(Fuzz& fuzz) {
   const int64_t size = fuzz.chance(3) ? fuzz.between(1, 3000) : fuzz.size(200), edits = fuzz.chance(2) ? 0 : fuzz.between(1, 9);
@@ -211,7 +275,7 @@ void run_case(uint64_t seed) {
   if (kvern_select_isa(isa) != KVERN_OK) kvern_select_isa(nullptr);
   require(kvern_set_threads(static_cast<int>(fuzz.between(1, 4))) == KVERN_OK, "threads");
   using Part = void (*)(Fuzz&);
-  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_latents, fuzz_sample, fuzz_logprobs, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
+  fuzz.one_of<Part>({fuzz_linear, fuzz_dequantize, fuzz_paged, fuzz_paged, fuzz_expanded, fuzz_documents, fuzz_latents, fuzz_sample, fuzz_logprobs, fuzz_bytes, fuzz_pack, fuzz_product, fuzz_product,
                      fuzz_layer, fuzz_layer, fuzz_layer})(fuzz);
 }
 

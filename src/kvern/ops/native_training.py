@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvern.errors import KvernError
-from kvern.ops.library import CODES, library
+from kvern.ops.library import CODES, isa, library
 
 PARTS = 16
 """Sums of a norm's weight gradient that are held beside each other."""
@@ -25,7 +25,7 @@ PARTS = 16
 def kernels() -> ctypes.CDLL | None:
     """The library with these functions declared; None where there is none, or an older one without them."""
     lib = library()
-    if lib is None or not hasattr(lib, "kvern_quantize_tiles"):
+    if lib is None or not hasattr(lib, "kvern_document_attention"):
         return None
     pointer, size, code, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     signatures: dict[str, list[Any]] = {
@@ -40,6 +40,8 @@ def kernels() -> ctypes.CDLL | None:
         "kvern_adamw": [pointer, pointer, pointer, pointer, code, size, *[real] * 6],
         "kvern_quantize_tiles": [pointer, pointer, pointer, size, code, size, size, size, size, code, real],
         "kvern_dequantize_tiles": [pointer, pointer, size, pointer, size, size, size, size],
+        "kvern_document_attention": [*[pointer] * 5, size, pointer, *[size] * 6, real],
+        "kvern_document_attention_backward": [*[pointer] * 9, size, pointer, *[size] * 6, real],
     }
     for name, types in signatures.items():
         getattr(lib, name).argtypes = types
@@ -133,6 +135,40 @@ def dequantize_tiles(codes: Tensor, scale: Tensor, tile: tuple[int, int]) -> Ten
     out = torch.empty(codes.shape)
     _call("dequantize_tiles", out, codes, max(codes.stride(0), codes.shape[1]), scale, *codes.shape, *tile)
     return out
+
+
+def takes_documents(*tensors: Tensor) -> bool:
+    """Whether `document_attention` takes these and is the fastest there is.
+
+    It needs BF16 dot products. Where there is AMX, torch's attention multiplies by it, and is used.
+    """
+    return isa() == "avx512bf16" and takes(*tensors) and all(t.dtype is torch.bfloat16 for t in tensors)
+
+
+def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """`reference.document_attention` of BF16, rows of rope possibly apart -> (out [T, H, V], lse [T, H] float32)."""
+    heads, value = q.shape[1], kv.shape[2] + rope.shape[1] - q.shape[2]
+    out, lse = torch.empty(len(q), heads, value, dtype=q.dtype), torch.empty(len(q), heads)
+    _call("document_attention", out, lse, q, kv, rope, *_documents(q, kv, rope, starts), scale)
+    return out, lse
+
+
+def document_attention_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dkv, drope), each as what it is the gradient of."""
+    dq, dkv, drope = torch.empty_like(q), torch.empty_like(kv), torch.empty(*q.shape[:2], rope.shape[1])
+    documents = _documents(q, kv, rope, starts)
+    _call("document_attention_backward", dq, dkv, drope, dout, out, lse, q, kv, rope, *documents, scale)
+    return dq, dkv, drope.sum(1).to(rope.dtype)
+
+
+def _documents(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int]) -> tuple[Tensor | int, ...]:
+    """The arguments from rope's stride to the size of a value."""
+    tokens, heads, size = q.shape
+    shared = rope.shape[1]
+    sizes = tokens, heads, size - shared, shared, kv.shape[2] - size + shared
+    return max(rope.stride(0), shared), torch.tensor(starts), len(starts) - 1, *sizes
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:

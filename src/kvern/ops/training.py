@@ -8,7 +8,8 @@
 
 All is computed in FP32 by the kernels of csrc/train.h or, on a card, of `triton_training`; what they do not take (other
 dtypes, no library, no Triton) goes to the reference and torch's autograd. `linear` is the grouped product with one
-group: its rows come in few sizes (see `grouped_linear`). Documents of one length attend together.
+group: its rows come in few sizes (see `grouped_linear`). Documents attend by csrc/train_attention.h on CPUs with BF16 dot
+products and no AMX; else by torch's flash attention, those of one length together.
 
 What it gives up: second derivatives, and results that are the reference's bit for bit.
 """
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kvern.ops import reference, reference_experts
+from kvern.ops import native_training, reference, reference_experts
 from kvern.ops.grouped_linear import grouped_linear
 from kvern.ops.training_kernels import TrainingKernels, kernels_for
 
@@ -96,6 +97,10 @@ def combine_experts(rows: Tensor, weights: Tensor, order: Tensor, counts: Sequen
 
 def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float) -> Tensor:
     """`reference.document_attention`. Documents are split, not sliced: a slice's gradient is as long as the batch."""
+    if native_training.takes_documents(q, kv, rope):
+        dense = q.contiguous(), kv.contiguous(), rope
+        out: Tensor = _DocumentAttention.apply(*dense, starts, scale)  # type: ignore[no-untyped-call]
+        return out
     lengths = [last - first for first, last in pairwise(starts)]
     key, value = torch.tensor_split(kv, [q.shape[2] - rope.shape[1]], dim=2)
     k = torch.cat([key, rope[:, None].expand(-1, kv.shape[1], -1)], dim=2)
@@ -106,8 +111,8 @@ def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int
     parts = [q, k, value] if q.is_cuda else [F.pad(t, (0, size - t.shape[2])) for t in (q, k, value)]  # CPUs: one size
     if not ragged:
         q, k, v = (t.view(len(lengths), lengths[0], *t.shape[1:]).transpose(1, 2) for t in parts)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return out.transpose(1, 2).flatten(0, 1)[..., : value.shape[2]]
+        together = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return together.transpose(1, 2).flatten(0, 1)[..., : value.shape[2]]
     documents = (torch.split(t.transpose(0, 1)[None], lengths, dim=2) for t in parts)
     outs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in zip(*documents, strict=True)
@@ -125,6 +130,22 @@ def _ragged_attention(q: Tensor, k: Tensor, value: Tensor, starts: Sequence[int]
     out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[..., : value.shape[2]]
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float) -> Tensor:
+        out, lse = native_training.document_attention(q, kv, rope, starts, scale)
+        ctx.save_for_backward(out, lse, q, kv, rope)
+        ctx.starts, ctx.scale = starts, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        saved = ctx.saved_tensors
+        gradients = native_training.document_attention_backward(dout.contiguous(), *saved, ctx.starts, ctx.scale)
+        return *gradients, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
