@@ -145,7 +145,9 @@ def takes_documents(*tensors: Tensor) -> bool:
     return isa() == "avx512bf16" and takes(*tensors) and all(t.dtype is torch.bfloat16 for t in tensors)
 
 
-def document_attention(q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+def document_attention(
+    q: Tensor, kv: Tensor, rope: Tensor, starts: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
     """`reference.document_attention` of BF16, rows of rope possibly apart -> (out [T, H, V], lse [T, H] float32)."""
     heads, value = q.shape[1], kv.shape[2] + rope.shape[1] - q.shape[2]
     out, lse = torch.empty(len(q), heads, value, dtype=q.dtype), torch.empty(len(q), heads)
