@@ -27,6 +27,15 @@ struct CodeOrder {
 
 constexpr CodeOrder kCodeOrder;
 
+// even[0], odd[0], even[1], .. of 32 and 32 numbers of 16 bits: the first 32 of them, and the others.
+inline void interleave(__m512i even, __m512i odd, void* first, void* second) {
+  alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i from = _mm512_load_si512(low);
+  _mm512_storeu_si512(first, _mm512_permutex2var_epi16(even, from, odd));
+  _mm512_storeu_si512(second, _mm512_permutex2var_epi16(even, _mm512_add_epi16(from, _mm512_set1_epi16(16)), odd));
+}
+
 struct Avx512 {
   static constexpr int width = 16;
   static constexpr int direct_rows = 4;

@@ -48,12 +48,7 @@ inline uint32_t* value_at(const Tile& tile, int64_t r, int64_t pair) {
 }
 
 inline void store_values(const Tile& tile, int64_t r, int64_t pair, __m512i even, __m512i odd) {
-  alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i first = _mm512_load_si512(low);
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-  _mm512_storeu_si512(value_at(tile, r, pair), _mm512_permutex2var_epi16(even, first, odd));
-  _mm512_storeu_si512(value_at(tile, r + 16, pair), _mm512_permutex2var_epi16(even, second, odd));
+  interleave(even, odd, value_at(tile, r, pair), value_at(tile, r + 16, pair));
 }
 
 // The pair of rows from `row` on, whose keys these are; the odd one is NULL, and then zeros, behind the last row.

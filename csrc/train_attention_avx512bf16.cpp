@@ -54,7 +54,7 @@ inline void multiply_block(const uint32_t* a, int64_t a_stride, const uint32_t* 
   }
 }
 
-// c [rows, columns] = or += a [rows, pairs] b [pairs, columns]; rows are multiples of 8, columns of 16, pairs of 16.
+// A matrix of pairs, and how far apart its rows are.
 struct Pairs {
   const uint32_t* at;
   int64_t stride;
@@ -67,6 +67,7 @@ inline void multiply_strip(int64_t rows, Pairs a, Pairs b, int64_t pairs, float*
   }
 }
 
+// c [rows, columns] = or += a [rows, pairs] b [pairs, columns], rows a multiple of 8, columns of 32.
 void multiply(int64_t rows, int64_t columns, int64_t pairs, Pairs a, Pairs b, float* c, bool add) {
   int64_t at = 0;
   for (; columns - at >= 4 * kLanes; at += 4 * kLanes) {
@@ -109,14 +110,10 @@ void turn(const void* from, int64_t rows, int64_t columns, void* to) {
 
 // Rows [kSide, size] to pairs.
 void pair_rows(const uint16_t* rows, int64_t size, uint32_t* pairs) {
-  alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   for (int64_t r = 0; r < kSide; r += 2) {
     for (int64_t i = 0; i < size; i += 2 * kLanes) {
-      const __m512i even = _mm512_loadu_si512(rows + r * size + i), odd = _mm512_loadu_si512(rows + (r + 1) * size + i);
-      _mm512_storeu_si512(pairs + r / 2 * size + i, _mm512_permutex2var_epi16(even, first, odd));
-      _mm512_storeu_si512(pairs + r / 2 * size + i + kLanes, _mm512_permutex2var_epi16(even, second, odd));
+      uint32_t* to = pairs + r / 2 * size + i;
+      interleave(_mm512_loadu_si512(rows + r * size + i), _mm512_loadu_si512(rows + (r + 1) * size + i), to, to + kLanes);
     }
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,16 +38,16 @@ def drawn(tokens: int, sizes: tuple[int, int, int], seed: int = 0) -> list[Tenso
 
 def by_kernel(inputs: Sequence[Tensor], starts: Sequence[int], scale: float = SCALE) -> list[Tensor]:
     """The result, and the gradients of q, kv and rope."""
-    *leaves, dout = inputs
-    out, lse = native_training.document_attention(*leaves, starts, scale)
-    return [out, *native_training.document_attention_backward(dout, out, lse, *leaves, starts, scale)]
+    q, kv, rope, dout = inputs
+    out, lse = native_training.document_attention(q, kv, rope, starts, scale)
+    return [out, *native_training.document_attention_backward(dout, out, lse, q, kv, rope, starts, scale)]
 
 
 def by_formula(inputs: Sequence[Tensor], starts: Sequence[int], scale: float = SCALE) -> list[Tensor]:
     *leaves, dout = [one.double() for one in inputs]
     for one in leaves:
         one.requires_grad_()
-    spans = [(a, b) for a, b in zip(starts, starts[1:], strict=False) if b > a]
+    spans = [(a, b) for a, b in pairwise(starts) if b > a]
     q, kv, rope = leaves
     out = torch.cat([reference.expanded_attention(q[a:b], kv[a:b], rope[a:b], scale) for a, b in spans])
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
@@ -100,7 +101,7 @@ def test_a_document_depends_on_itself_alone_and_not_on_threads() -> None:
             assert all(map(torch.equal, by_kernel(inputs, starts), together))
     finally:
         library.set_threads(before)
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in pairwise(starts):
         alone = by_kernel([one[first:last].contiguous() for one in inputs], (0, last - first))
         assert all(torch.equal(one, all_of[first:last]) for one, all_of in zip(alone, together, strict=True))
 
@@ -151,9 +152,9 @@ def test_the_op_takes_it_where_it_is_fastest(monkeypatch: pytest.MonkeyPatch) ->
     starts = (0, 90, 200)
 
     def gradients() -> list[Tensor]:
-        inputs = [one.detach().clone().requires_grad_() for one in leaves]
-        out = ops.document_attention(*inputs, starts, SCALE)
-        return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+        q, kv, rope = (one.detach().clone().requires_grad_() for one in leaves)
+        out = ops.document_attention(q, kv, rope, starts, SCALE)
+        return [out.detach(), *torch.autograd.grad(out, (q, kv, rope), dout)]
 
     assert native_training.takes_documents(*leaves) == (library.isa() == "avx512bf16")
     assert not native_training.takes_documents(*(one.float() for one in leaves))

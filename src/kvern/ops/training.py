@@ -8,8 +8,8 @@
 
 All is computed in FP32 by the kernels of csrc/train.h or, on a card, of `triton_training`; what they do not take (other
 dtypes, no library, no Triton) goes to the reference and torch's autograd. `linear` is the grouped product with one
-group: its rows come in few sizes (see `grouped_linear`). Documents attend by csrc/train_attention.h on CPUs with BF16 dot
-products and no AMX; else by torch's flash attention, those of one length together.
+group: its rows come in few sizes (see `grouped_linear`). Documents attend by csrc/train_attention.h on CPUs with BF16
+dot products and no AMX; else by torch's flash attention, those of one length together.
 
 What it gives up: second derivatives, and results that are the reference's bit for bit.
 """
@@ -143,8 +143,9 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        saved = ctx.saved_tensors
-        gradients = native_training.document_attention_backward(dout.contiguous(), *saved, ctx.starts, ctx.scale)
+        out, lse, q, kv, rope = ctx.saved_tensors
+        dout = dout.contiguous()
+        gradients = native_training.document_attention_backward(dout, out, lse, q, kv, rope, ctx.starts, ctx.scale)
         return *gradients, None, None
 
 
