@@ -112,7 +112,7 @@ int kvern_quantize_tiles(uint8_t* codes, float* scale, const void* x, int64_t st
 int kvern_dequantize_tiles(float* out, const uint8_t* codes, int64_t stride, const float* scale, int64_t rows, int64_t columns,
                            int64_t tile_rows, int64_t tile_columns);
 
-/* Causal attention within documents and its gradients, for training: BF16, and FP32 where nothing else is said. Optional as the
+/* Causal attention within documents and its gradients, for training; BF16 where nothing else is said. Optional as the
  * parts above; KVERN_UNSUPPORTED_ISA but on avx512bf16 and amx.
  *   out[t, h] = sum_c p[c] kv[c, h, nope:],   p = softmax over c <= t of t's document of q[t, h] . (kv[c, h, :nope], rope[c]) scale
  *   out, dout  [tokens, heads, value]      lse  [tokens, heads] FP32: log2 of the sum of what p is divided by

@@ -118,20 +118,20 @@ void pair_rows(const uint16_t* rows, int64_t size, uint32_t* pairs) {
   }
 }
 
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+}
+
 // to [count] in BF16 = from [count] by
 void store(uint16_t* to, const float* from, int64_t count, float by) {
   const __m512 factor = _mm512_set1_ps(by);
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 some = static_cast<__mmask16>(count - i >= kLanes ? 0xffff : (1u << (count - i)) - 1);
-    _mm256_mask_storeu_epi16(to + i, some, bf16(_mm512_loadu_ps(from + i) * factor));
+    _mm256_mask_storeu_epi16(to + i, first_lanes(count - i), bf16(_mm512_loadu_ps(from + i) * factor));
   }
 }
 
 // Which of the lanes from 16 vec on the query `row` of a tile on the diagonal sees.
-inline __mmask16 seen(int64_t row, int64_t vec) {
-  const int64_t count = row - vec * kLanes + 1;
-  return static_cast<__mmask16>(count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
-}
+inline __mmask16 seen(int64_t row, int64_t vec) { return first_lanes(row - vec * kLanes + 1); }
 
 // One head of a document, and where its tiles lie.
 struct Head {
@@ -151,6 +151,7 @@ struct Head {
     return taken;
   }
 
+  int64_t widest() const { return size > value ? size : value; }
   int64_t tiles() const { return (length + kSide - 1) / kSide; }
   int64_t rows(int64_t tile) const { return length - tile * kSide < kSide ? length - tile * kSide : kSide; }
   int64_t at(int64_t tile, int64_t row) const { return (first + tile * kSide + row) * task.heads + head; }  // of [tokens, heads]
@@ -231,18 +232,18 @@ void weigh_back(const float* scores, const float* slopes, bool is_diagonal, floa
 inline const uint32_t* words(const uint16_t* rows) { return reinterpret_cast<const uint32_t*>(rows); }
 
 int64_t room_of(const DocumentAttention& task, int64_t length) {
-  const int64_t size = round_up(task.nope + task.shared, 2 * kLanes), value = round_up(task.value, 2 * kLanes);
-  const int64_t rows = round_up(length, kSide), widest = size > value ? size : value;
-  const int64_t per_row = (2 + 2 + 4) * size + 2 * 2 * value + 2 * 4;                      // see attend_back
-  const int64_t per_tile = kSide * (2 * 2 * size + 2 * 2 * value + 4 * (size + value) + (4 + 4 + 2 + 2 + 2) * kSide + 6 * widest + 8);
-  return rows * per_row + per_tile + 32 * 64;
+  const Head my(task, 0, 0, length, nullptr);
+  const int64_t size = my.size, value = my.value;
+  const int64_t per_row = (2 + 2 + 4) * size + 2 * 2 * value + 2 * 4;  // see attend_back
+  const int64_t per_tile = kSide * (2 * 2 * size + 2 * 2 * value + 4 * (size + value) + (4 + 4 + 2 + 2 + 2) * kSide + 6 * my.widest() + 8);
+  return my.tiles() * kSide * per_row + per_tile + 32 * 64;
 }
 
 void attend(const DocumentAttention& task, int64_t head, int64_t first, int64_t length, uint8_t* room) {
   Head my(task, head, first, length, room);
   const int64_t size = my.size, value = my.value, tiles = my.tiles();
   const float scale = task.scale * kLog2E;
-  uint16_t* rows = my.take<uint16_t>(kSide * (size > value ? size : value));
+  uint16_t* rows = my.take<uint16_t>(kSide * my.widest());
   uint32_t* keys = my.take<uint32_t>(tiles * kSide * size / 2);     // columns
   uint32_t* values = my.take<uint32_t>(tiles * kSide * value / 2);  // pairs
   float* scores = my.take<float>(kSide * kSide);
@@ -294,8 +295,8 @@ void attend_back(const DocumentAttention& task, int64_t head, int64_t first, int
   uint16_t* ds_rows = my.take<uint16_t>(kSide * kSide);
   float* dk = my.take<float>(kSide * size);
   float* dv = my.take<float>(kSide * value);
-  uint16_t* rows = my.take<uint16_t>(kSide * (size > value ? size : value));
-  float* stored = my.take<float>(kSide * (size > value ? size : value));
+  uint16_t* rows = my.take<uint16_t>(kSide * my.widest());
+  float* stored = my.take<float>(kSide * my.widest());
   uint32_t* pairs = reinterpret_cast<uint32_t*>(stored);  // until something is stored
 
   std::memset(dq, 0, static_cast<size_t>(all * size) * sizeof *dq);

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
-#include <cmath>
 #include <numeric>
 
 #include "check.h"

@@ -132,7 +132,7 @@ def test_nan_is_not_lost() -> None:
 @needs_dots
 def test_rows_of_rope_that_lie_apart() -> None:
     inputs = drawn(90, SIZES["plain"])
-    wide = torch.randn(90, 50).bfloat16()
+    wide = torch.randn(90, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
     apart = [*inputs[:2], wide[:, 9:41], inputs[3]]
     dense = [*inputs[:2], wide[:, 9:41].contiguous(), inputs[3]]
     assert all(map(torch.equal, by_kernel(apart, (0, 90)), by_kernel(dense, (0, 90))))
